@@ -1,0 +1,71 @@
+# Run `make` to see what there is to run. Everything lives in .venv; delete that folder to start over.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CHAPTERS := $(sort $(wildcard book/*.ipynb))
+NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with nbval_sanitize.cfg
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help book test gpu export outputs repository clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make book                    build the book; the last line names the file to open"
+	@echo "make test                    run all tests"
+	@echo "make gpu                     run every chapter and the GPU tests on a CUDA device"
+	@echo "make export                  write diffusionbook/*.py from the chapters"
+	@echo "make outputs CHAPTER=book/04_noise_schedules.ipynb"
+	@echo "                             export, run one chapter and store what it printed"
+	@echo "make repository URL=https://github.com/you/fork"
+	@echo "                             point every link of the book at your copy"
+	@echo "make clean                   delete what was built (the environment .venv stays)"
+
+# --- the environment ---------------------------------------------------------------------------
+$(PY):
+	@$(PYTHON) tools/check_python.py
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.book-is-installed: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing what the book needs into $(VENV) (once; this takes minutes)"
+	$(PIP) install -q -c constraints.txt -e ".[book]"
+	@touch $@
+
+$(VENV)/.tests-are-installed: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing what the tests need into $(VENV) (once; this takes minutes)"
+	$(PIP) install -q -c constraints.txt -e ".[test,book,train]"
+	@# Only its tokenizer is compared, which needs none of its dependencies (torchvision among them).
+	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch
+	@touch $@ $(VENV)/.book-is-installed
+
+# --- the book ----------------------------------------------------------------------------------
+book: $(VENV)/.book-is-installed
+	rm -rf _build
+	$(VENV)/bin/jupyter-book build . -W -n --keep-going
+	@echo "The book is built. Open this file in a browser:"
+	@echo "$(CURDIR)/_build/html/index.html"
+
+# --- the tests ---------------------------------------------------------------------------------
+test: $(VENV)/.tests-are-installed
+	$(PY) -m pytest $(NBVAL) tests $(CHAPTERS)
+
+gpu: $(VENV)/.tests-are-installed
+	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device; PyTorch finds none.')"
+	$(PY) -m pytest -m gpu tests
+	$(PY) -m pytest $(NBVAL) $(CHAPTERS)
+
+# --- changing a chapter ------------------------------------------------------------------------
+export: $(VENV)/.tests-are-installed
+	$(VENV)/bin/nbdev-export
+
+outputs: export
+	@test -f "$(CHAPTER)" || { echo "Say which chapter: make outputs CHAPTER=book/04_noise_schedules.ipynb"; exit 2; }
+	$(VENV)/bin/jupyter-execute --inplace "$(CHAPTER)"
+	$(PY) tools/clean_notebooks.py "$(CHAPTER)"
+
+repository:
+	@$(PYTHON) tools/repository.py "$(URL)"
+
+clean:
+	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,110 @@
+"""Show which cells of a chapter become part of the module, and list that module on the API page.
+
+nbdev marks cells with comments such as `#| export`. Readers need not see those lines: this extension
+takes them off the page and puts a quiet line under the code instead, "exported to
+diffusionbook.schedules", linked to the API reference. The API reference itself is written here from the
+same notebooks, so that it can never forget a module.
+"""
+import ast
+import json
+import re
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+
+PACKAGE = "diffusionbook"
+API_PAGE = "book/api"
+DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
+
+
+def modules(book):
+    """Map each exported module's name to its notebook, in the order of the chapters."""
+    found = {}
+    for path in sorted(Path(book).glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        if name := re.search(r"^#\| default_exp (\w+)", code, re.MULTILINE):
+            found[name[1]] = path
+    return found
+
+
+def first_public_name(code):
+    """Return the first function or class that the exported `code` defines, or None."""
+    try:
+        body = ast.parse(code).body
+    except SyntaxError:
+        return None
+    names = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return next((name for name in names if not name.startswith("_")), None)
+
+
+def sign(app, module, code):
+    """Return the line under an exported cell: where its code goes, linked to the API reference."""
+    name = first_public_name(code)
+    if name:
+        link = pending_xref(refdomain="py", reftype="obj", reftarget=f"{PACKAGE}.{module}.{name}",
+                            refexplicit=True, refwarn=True, refdoc=app.env.docname)
+    else:
+        link = pending_xref(refdomain="std", reftype="ref", reftarget=f"api-{module}",
+                            refexplicit=True, refwarn=True, refdoc=app.env.docname)
+    link += nodes.inline("", f"{PACKAGE}.{module}")
+    return nodes.paragraph("", "exported to ", link, classes=["exported-to"])
+
+
+def mark_exported_cells(app, doctree):
+    """Take nbdev's lines off every code cell; sign the exported ones; drop those left empty."""
+    module = None
+    for cell in list(doctree.findall(nodes.container)):
+        if cell.get("nb_element") != "cell_code":
+            continue
+        for literal in list(cell.findall(nodes.literal_block)):
+            source = literal.parent
+            if source.get("nb_element") != "cell_code_source":
+                continue
+            directives = " ".join(DIRECTIVE.findall(literal.astext()))
+            code = DIRECTIVE.sub("", literal.astext()).strip("\n")
+            if default := re.search(r"default_exp (\w+)", directives):
+                module = default[1]
+            if not code:
+                source.parent.remove(source)
+                break
+            literal[:] = [nodes.Text(code)]
+            literal.rawsource = code
+            if module and re.search(r"#\| export", directives):
+                source["classes"].append("exported")
+                source += sign(app, module, code)
+        if not cell.children:
+            cell.parent.remove(cell)
+
+
+def write_api_page(app, docname, source):
+    """Put one section for each exported module where the API page says `<!-- modules -->`."""
+    if docname != API_PAGE:
+        return
+    sections = []
+    for name, notebook in modules(Path(app.srcdir) / "book").items():
+        page = f"book/{notebook.stem}"
+        chapter = f", built in {{doc}}`/{page}`" if page in app.env.found_docs else ""
+        sections.append(
+            f"(api-{name})=\n## {name}\n\n`{PACKAGE}.{name}`{chapter}.\n\n"
+            f"```{{eval-rst}}\n.. automodule:: {PACKAGE}.{name}\n   :members:\n   :undoc-members:\n```\n")
+    source[0] = source[0].replace("<!-- modules -->", "\n".join(sections))
+
+
+def read_docstrings_as_plain_text(app, what, name, obj, options, lines):
+    """Let docstrings be plain English: `x * y` in backticks is code, and a bare * or | is just that sign."""
+    def plain(match):
+        text = match[0]
+        if text.startswith(("``", ":")) or re.fullmatch(r"`[\w.]+`", text):
+            return text  # code or mathematics already, or a name to link
+        return f"`{text}`" if text.startswith("`") else "\\" + text
+    text = re.sub(r"``.+?``|(:\w+:)?`[^`]+`|(?<!\\)[*|]", plain, "\n".join(lines), flags=re.DOTALL)
+    lines[:] = text.split("\n")
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", read_docstrings_as_plain_text, priority=400)  # before napoleon
+    app.connect("doctree-read", mark_exported_cells)
+    app.connect("source-read", write_api_page)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

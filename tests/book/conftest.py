@@ -1,0 +1,33 @@
+"""Build once what the tests of the book look at: its pages, and the wheel."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def book(root, tmp_path_factory):
+    """The built book: `html` (its folder), `log` and `status` of the build."""
+    out = tmp_path_factory.mktemp("book")
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", root, "--path-output", out,
+               "-W", "-n", "--keep-going"]
+    done = subprocess.run(command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return SimpleNamespace(html=out / "_build" / "html", log=done.stdout, status=done.returncode)
+
+
+@pytest.fixture(scope="session")
+def wheel(root, tmp_path_factory):
+    """The package's wheel, built from a copy so that nothing is left in the project."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    leave_out = shutil.ignore_patterns("__pycache__", "_modidx.py")
+    shutil.copytree(root / "diffusionbook", source / "diffusionbook", ignore=leave_out)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-text"):
+        shutil.copy(root / name, source)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index",
+                    "-w", folder, source], check=True)
+    (path,) = folder.glob("*.whl")
+    return path

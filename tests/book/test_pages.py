@@ -1,0 +1,175 @@
+"""The built book: no warning, no dead link, and pages that look right in a browser."""
+import ast
+import json
+import os
+import re
+import shutil
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import repository
+import yaml
+from bs4 import BeautifulSoup
+from exported_code import first_public_name, modules
+from playwright.sync_api import sync_playwright
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def pages(book):
+    """Every page of the built book, parsed, by its path."""
+    return {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+            for path in sorted(book.html.rglob("*.html")) if "_static" not in path.relative_to(book.html).parts}
+
+
+@pytest.fixture(scope="module")
+def chapters(root):
+    """The chapters of the book, as `_toc.yml` lists them: names like "book/00_start_here"."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text())
+    return [toc["root"]] + [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+
+
+def notebooks(root, chapters):
+    return [name for name in chapters if (root / f"{name}.ipynb").is_file()]
+
+
+# --- what the files say ------------------------------------------------------------------------
+def test_book_builds_without_a_warning(book):
+    warnings = [line for line in book.log.splitlines() if "WARNING" in line or "ERROR" in line]
+    assert not warnings, "\n".join(warnings)
+    assert book.status == 0, book.log[-3000:]
+
+
+def test_every_link_anchor_and_image_resolves(book, pages):
+    anchors = {path: {tag[key] for key in ("id", "name") for tag in page.find_all(attrs={key: True})}
+               for path, page in pages.items()}
+    dead = []
+    for path, page in pages.items():
+        for tag, key in (("a", "href"), ("img", "src"), ("link", "href"), ("script", "src"), ("source", "src")):
+            for element in page.find_all(tag, attrs={key: True}):
+                url = urlsplit(element[key])
+                if url.scheme or url.netloc or element[key] in ("#", ""):
+                    continue
+                target = (path.parent / unquote(url.path)).resolve() if url.path else path
+                fragment = unquote(url.fragment)
+                if not target.exists() or (target in anchors and fragment and fragment not in anchors[target]):
+                    dead.append(f"{path.relative_to(book.html)}: {element[key]}")
+    assert not dead, "\n".join(dead)
+
+
+def test_pages_need_nothing_from_the_network(book, pages):
+    for path, page in pages.items():
+        for tag, key in (("img", "src"), ("script", "src"), ("link", "href")):
+            for element in page.find_all(tag, attrs={key: re.compile("^(https?:)?//")}):
+                assert "canonical" in element.get("rel", []), f"{path.relative_to(book.html)}: {element[key]}"
+
+
+def test_citations_and_references_resolve(root, book, pages, chapters):
+    for name in chapters:
+        text = pages[book.html / f"{name}.html"].find("article").get_text()
+        for unresolved in ("[?]", "???", "{cite}", "{numref}", "{term}", "{eq}", "{doc}", "{ref}", ":::"):
+            assert unresolved not in text, f"{unresolved} on {name}"
+        unfinished = re.search(r"@[A-Z]+@|\bTODO\b|\bTBD\b|\bTBC\b", text)
+        assert not unfinished, f"{unfinished[0]} on {name}"
+
+
+def test_api_page_lists_every_public_name(root, book, pages):
+    listed = {tag["id"] for tag in pages[book.html / "book" / "api.html"].find_all("dt", id=True)}
+    assert modules(root / "book")
+    for module in modules(root / "book"):
+        tree = ast.parse((root / "diffusionbook" / f"{module}.py").read_text())
+        public = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                  and not node.name.startswith("_")]
+        for node in public:
+            assert ast.get_docstring(node), f"diffusionbook.{module}.{node.name} has no docstring"
+            assert f"diffusionbook.{module}.{node.name}" in listed
+
+
+def test_exported_cells_carry_a_sign_and_no_directive(root, book, pages, chapters):
+    for name in notebooks(root, chapters):
+        page = pages[book.html / f"{name}.html"]
+        cells = json.loads((root / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        exported = [cell for cell in cells if "".join(cell["source"]).startswith("#| export")]
+        signs = page.select("div.cell_input.exported > p.exported-to")
+        assert exported and len(signs) == len(exported)
+        module = re.search(r"#\| default_exp (\w+)", "".join("".join(cell["source"]) for cell in cells))[1]
+        for cell, sign in zip(exported, signs, strict=True):
+            assert sign.get_text() == f"exported to diffusionbook.{module}"
+            target = first_public_name("".join(cell["source"]))
+            anchor = f"diffusionbook.{module}.{target}" if target else f"api-{module}"
+            assert sign.a["href"] == f"api.html#{anchor}"
+        assert not any("#|" in code.get_text() for code in page.select("div.cell_input"))
+
+
+def test_first_public_name():
+    assert first_public_name("import torch") is None
+    assert first_public_name("def _a(): ...\nclass B: ...\ndef c(): ...") == "B"
+    assert first_public_name("not python") is None
+
+
+def test_every_chapter_opens_in_colab(root, book, pages, chapters):
+    here = repository.owner_and_name(repository.setting())
+    for name in notebooks(root, chapters):
+        links = {a["href"] for a in pages[book.html / f"{name}.html"].find_all("a", href=re.compile("colab"))}
+        assert links == {f"https://colab.research.google.com/github/{here}/blob/main/{name}.ipynb"}
+
+
+def test_every_picture_has_words(root, book, pages, chapters):
+    for name in chapters:
+        for image in pages[book.html / f"{name}.html"].find("article").find_all("img"):
+            alt = image.get("alt", "")
+            assert alt and "_images/" not in alt, f"{name}: {image['src']} has no alternative text"
+
+
+# --- what a browser shows ----------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def browser(book):
+    """Headless Chromium: the system's, or the one that `playwright install chromium` fetched."""
+    with sync_playwright() as playwright:
+        path = next(filter(None, map(shutil.which, BROWSERS)), None) or playwright.chromium.executable_path
+        if not os.path.exists(path):
+            message = "no browser found; install one with: sudo apt install chromium"
+            (pytest.fail if os.environ.get("DIFFUSIONBOOK_NEEDS_BROWSER") else pytest.skip)(message)
+        browser = playwright.chromium.launch(executable_path=path, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
+def test_pages_look_right(book, browser, chapters, width, scheme):
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    problems = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(f"asks for {request.url}")
+            if not request.url.startswith(("file:", "data:", "blob:")) else None)
+    for name in [*chapters, "genindex", "search"]:
+        page.goto((book.html / f"{name}.html").as_uri())
+        page.evaluate("window.MathJax && MathJax.startup.promise.then(() => null)")
+        seen = page.evaluate("""() => ({
+            overflow: document.documentElement.scrollWidth - window.innerWidth,
+            broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src),
+            formulas: document.querySelectorAll(".math").length,
+            drawn: document.querySelectorAll("mjx-container").length,
+            wrong: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")].map(e => e.textContent),
+            cut: [...document.querySelectorAll("span.math mjx-container")]
+                .filter(e => e.getBoundingClientRect().right > window.innerWidth)
+                .map(e => e.closest("p, li, td, dd").textContent.trim()),
+            ground: getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number),
+            figures: [...document.querySelectorAll(".cell_output img, figure img")]
+                .map(i => getComputedStyle(i).backgroundColor),
+        })""")
+        assert not problems, f"{name}: {problems}"
+        assert seen["overflow"] <= 0, f"{name} is {seen['overflow']} pixels too wide for {width}"
+        assert not seen["broken"], f"{name}: {seen['broken']}"
+        assert not seen["wrong"], f"{name}: {seen['wrong']}"
+        assert seen["drawn"] >= seen["formulas"], f"{name}: {seen['formulas']} formulas, {seen['drawn']} drawn"
+        assert not seen["cut"], f"{name}: a formula in a line is too wide for {width} pixels: {seen['cut']}"
+        assert (max(seen["ground"]) < 64) if scheme == "dark" else (min(seen["ground"]) > 192)
+        if scheme == "dark":
+            assert set(seen["figures"]) <= {"rgb(255, 255, 255)"}, f"{name}: a figure without its white card"
+    page.close()

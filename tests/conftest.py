@@ -1,0 +1,20 @@
+"""What all tests share."""
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The folder that holds the whole project."""
+    return Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked `gpu` where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,347 @@
+"""The appendix on checkpoints: what fits is loaded exactly, and everything else is refused by name."""
+
+import json
+import pickle
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffusionbook import checkpoints
+from diffusionbook.checkpoints import (
+    OLD_DIFFUSERS,
+    OLD_TRANSFORMERS,
+    Model,
+    check_keys,
+    locate,
+    read_json,
+    read_tensors,
+    rename,
+    sha256,
+    verify,
+    write_atomically,
+)
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class SmallConfig:
+    width: int = 3
+
+    def to_config(self):
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+class Small(Model):
+    config_class = SmallConfig
+    subfolder = "small"
+    dialects = [(r"^old\.", "layer.")]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = nn.Linear(config.width, 2)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model and the folder that holds it."""
+    torch.manual_seed(0)
+    model = Small(SmallConfig())
+    model.save_pretrained(tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def without_sums(folder):
+    """The folder as other tools write it: without `SHA256SUMS`."""
+    (folder / "SHA256SUMS").unlink()
+    return folder
+
+
+# Keys
+
+
+def test_equal_keys_pass_in_any_order():
+    assert check_keys(["a", "b"], {"b": 0, "a": 1}) is None
+
+
+def test_missing_keys_come_with_the_nearest_names():
+    expected = [f"down.{i}.conv.weight" for i in range(5)]
+    found = ["down.0.convolution.weight", "something.else", *expected[3:]]
+    with pytest.raises(ValueError) as error:
+        check_keys(expected, found, where="unet")
+    message = str(error.value)
+    assert message.startswith("unet don't fit the network: 3 keys missing, 2 unexpected.")
+    assert "missing 'down.0.conv.weight'; nearest there: down.0.convolution.weight" in message
+    assert "unexpected 'something.else'" in message
+
+
+def test_at_most_three_of_each_kind_are_listed():
+    with pytest.raises(ValueError) as error:
+        check_keys([f"a{i}" for i in range(10)], [f"b{i}" for i in range(10)])
+    lines = str(error.value).split("\n")
+    assert sum(line.startswith("  missing") for line in lines) == 3
+    assert sum(line.startswith("  unexpected") for line in lines) == 3
+
+
+@pytest.mark.parametrize("old, new", [
+    ("mid_block.attentions.0.query.weight", "mid_block.attentions.0.to_q.weight"),
+    ("mid_block.attentions.0.key.bias", "mid_block.attentions.0.to_k.bias"),
+    ("down_blocks.1.attentions.12.value.weight", "down_blocks.1.attentions.12.to_v.weight"),
+    ("encoder.mid_block.attentions.0.proj_attn.bias", "encoder.mid_block.attentions.0.to_out.0.bias"),
+    ("mid_block.attentions.0.to_q.weight", "mid_block.attentions.0.to_q.weight"),
+    ("mid_block.attentions.0.group_norm.weight", "mid_block.attentions.0.group_norm.weight"),
+    ("key.query.value.weight", "key.query.value.weight"),
+])
+def test_the_old_dialect_of_diffusers(old, new):
+    assert list(rename({old: 1}, OLD_DIFFUSERS)) == [new]
+
+
+def test_the_old_dialect_of_transformers():
+    state = {"text_model.final_layer_norm.weight": 1, "text_model.embeddings.position_ids": 2,
+             "text_projection.weight": 3, "embeddings.position_ids": 4, "embeddings.position_embedding.weight": 5}
+    assert rename(state, OLD_TRANSFORMERS) == {
+        "final_layer_norm.weight": 1, "text_projection.weight": 3, "embeddings.position_embedding.weight": 5,
+    }
+
+
+# Files
+
+
+def test_a_file_appears_whole(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.txt"
+    write_atomically(path, lambda temporary: Path(temporary).write_text("whole"))
+    assert path.read_text() == "whole"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail(temporary):
+        Path(temporary).write_text("ha")
+        raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="disk is full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_sha256_has_its_known_value(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_json_errors_name_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"width": 3')
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\x80\x02}q\x00.", b"\xff" * 64])
+def test_what_is_not_safetensors_is_named(tmp_path, content):
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged or not safetensors"):
+        read_tensors(tmp_path / WEIGHTS)
+
+
+# Models
+
+
+def test_a_model_comes_back_as_it_was(saved):
+    model, folder = saved
+    again = Small.from_pretrained(folder)
+    assert again.config == model.config and not again.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert torch.equal(again(torch.ones(1, 3)), model(torch.ones(1, 3)))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["SHA256SUMS", "config.json", WEIGHTS])
+    assert again.count_parameters() == 8 and again.device.type == "cpu"
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_the_sums_are_those_of_sha256sum(saved):
+    _, folder = saved
+    lines = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    assert [name for _, name in lines] == ["config.json", WEIGHTS]
+    assert all(sha256(folder / name) == digest for digest, name in lines)
+
+
+def test_training_what_was_loaded_leaves_its_file_alone(saved):
+    model, folder = saved
+    again = Small.from_pretrained(folder)
+    with torch.no_grad():
+        again.layer.weight.zero_()
+    assert torch.equal(Small.from_pretrained(folder).layer.weight, model.layer.weight)
+    again.save_pretrained(folder)  # over the file that its own weights come from
+    assert Small.from_pretrained(folder).layer.weight.abs().max() == 0
+
+
+def test_weights_are_stored_and_loaded_in_the_type_asked_for(saved):
+    model, folder = saved
+    model.save_pretrained(folder, dtype=torch.float16)
+    assert {t.dtype for t in load_file(folder / WEIGHTS).values()} == {torch.float16}
+    assert model.dtype == torch.float32
+    assert torch.equal(Small.from_pretrained(folder).layer.weight, model.layer.weight.half().float())
+    assert Small.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_dialect_is_understood(saved):
+    model, folder = saved
+    state = {key.replace("layer.", "old."): tensor for key, tensor in model.state_dict().items()}
+    save_file(state, without_sums(folder) / WEIGHTS)
+    assert torch.equal(Small.from_pretrained(folder).layer.weight, model.layer.weight)
+
+
+def test_a_truncated_file_is_named(saved):
+    _, folder = saved
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is not the file it was"):
+        Small.from_pretrained(folder)
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged"):
+        Small.from_pretrained(without_sums(folder))
+
+
+def test_one_flipped_bit_is_found(saved):
+    _, folder = saved
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match="SHA-256 differs"):
+        Small.from_pretrained(folder)
+    with pytest.raises(ValueError, match="SHA-256 differs"):
+        verify(folder)
+
+
+def test_an_edited_config_is_found(saved):
+    _, folder = saved
+    (folder / "config.json").write_text('{"width": 4}')
+    with pytest.raises(ValueError, match="config.json is not the file it was"):
+        Small.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+def test_a_missing_file_is_named(saved, name):
+    _, folder = saved
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing although SHA256SUMS names it"):
+        Small.from_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
+        Small.from_pretrained(without_sums(folder))
+
+
+def test_another_shape_is_refused(saved):
+    _, folder = saved
+    (without_sums(folder) / "config.json").write_text('{"width": 4}')
+    with pytest.raises(ValueError, match=r"layer.weight has shape \(2, 3\), the config asks for \(2, 4\)"):
+        Small.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(saved, value):
+    model, folder = saved
+    state = model.state_dict()
+    state["layer.bias"] = torch.tensor([0.0, value])
+    with pytest.raises(ValueError, match="layer.bias holds NaN or infinity"):
+        model.load(state)
+    save_file(state, without_sums(folder) / WEIGHTS)
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: layer.bias"):
+        Small.from_pretrained(folder)
+
+
+def test_other_keys_are_refused(saved):
+    model, folder = saved
+    state = dict(model.state_dict(), extra=torch.zeros(1))
+    del state["layer.bias"]
+    save_file(state, without_sums(folder) / WEIGHTS)
+    with pytest.raises(ValueError, match="1 keys missing, 1 unexpected"):
+        Small.from_pretrained(folder)
+
+
+def test_pickles_are_never_read(saved):
+    _, folder = saved
+    (folder / WEIGHTS).unlink()
+    without_sums(folder)
+
+    class Boom:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was opened",))
+
+    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.ckpt"):
+        (folder / name).write_bytes(pickle.dumps(Boom()))
+    with pytest.raises(FileNotFoundError, match=WEIGHTS):
+        Small.from_pretrained(folder)
+    (folder / WEIGHTS).write_bytes(pickle.dumps(Boom()))  # nor under another name
+    with pytest.raises(ValueError, match="not safetensors"):
+        Small.from_pretrained(folder)
+
+
+def test_a_failed_save_keeps_the_old_weights(saved, monkeypatch):
+    model, folder = saved
+    before = (folder / WEIGHTS).read_bytes()
+
+    def fail(state, path, metadata):
+        Path(path).write_text("half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoints, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(folder)
+    assert (folder / WEIGHTS).read_bytes() == before
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_model_wants_its_own_kind_of_config():
+    with pytest.raises(TypeError, match="needs a SmallConfig, got dict"):
+        Small({"width": 3})
+
+
+# Finding them
+
+
+def test_locate_finds_shipped_names_paths_and_subfolders(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "files", lambda package: tmp_path)
+    for name in ("weights/emoji/small", "weights/digits", "elsewhere/small"):
+        (tmp_path / name).mkdir(parents=True)
+    assert locate("emoji") == tmp_path / "weights/emoji"
+    assert locate("emoji", "small") == tmp_path / "weights/emoji/small"
+    assert locate("digits", "small") == tmp_path / "weights/digits"
+    assert locate(tmp_path / "elsewhere", "small") == tmp_path / "elsewhere/small"
+    with pytest.raises(FileNotFoundError, match=r"no model named 'emojy'.*\(digits, emoji\)"):
+        locate("emojy")
+
+
+def test_locate_lists_what_really_ships(root):
+    names = sorted(path.name for path in (root / "diffusionbook" / "weights").glob("*") if path.is_dir())
+    with pytest.raises(FileNotFoundError, match=re.escape(f"({', '.join(names)})")):
+        locate("nothing of that name")
+
+
+def test_a_model_is_found_in_the_folder_of_a_pipeline(saved, tmp_path):
+    model, folder = saved
+    folder.rename(tmp_path / "small")
+    assert torch.equal(Small.from_pretrained(tmp_path).layer.weight, model.layer.weight)
+
+
+def test_config_is_json_with_the_weights_format_marked(saved):
+    _, folder = saved
+    assert json.loads((folder / "config.json").read_text()) == {"width": 3}
+    assert b'"format":"pt"' in (folder / WEIGHTS).read_bytes()[:400]  # transformers insists on it

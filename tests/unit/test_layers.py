@@ -1,0 +1,273 @@
+"""Chapter 06: each block computed a second way, by hand or by plain loops."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffusionbook.layers import (
+    GEGLU,
+    Attention,
+    AttentionBlock,
+    Downsample,
+    FeedForward,
+    ResidualBlock,
+    SpatialFlatten,
+    SpatialTransformer,
+    SpatialUnflatten,
+    TimeEmbedding,
+    TransformerBlock,
+    Upsample,
+    group_norm,
+    sinusoid,
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def close(a, b, tolerance=1e-5):
+    return torch.allclose(a, b, rtol=1e-4, atol=tolerance)
+
+
+# Time
+
+
+def test_sinusoid_by_hand():
+    t, width = 3.0, 8
+    frequencies = [10_000 ** (-i / 4) for i in range(4)]
+    expected = [math.cos(t * f) for f in frequencies] + [math.sin(t * f) for f in frequencies]
+    assert sinusoid(torch.tensor([t]), width)[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_sinusoid_in_the_dialect_of_ddpm():
+    frequencies = [10_000 ** (-i / 3) for i in range(4)]  # from 1 down to exactly 1/10000
+    expected = [math.sin(3 * f) for f in frequencies] + [math.cos(3 * f) for f in frequencies]
+    found = sinusoid(torch.tensor([3]), 8, cos_first=False, shift=1.0)[0]
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_sinusoid_of_whole_fractional_and_many_timesteps():
+    whole, fractional = torch.tensor([0, 7, 999]), torch.tensor([0.0, 7.0, 999.0])
+    assert torch.equal(sinusoid(whole, 32), sinusoid(fractional, 32))
+    assert sinusoid(whole, 32)[0].tolist() == [1.0] * 16 + [0.0] * 16
+    between = sinusoid(torch.tensor([6.0, 6.5, 7.0]), 32)[:, 3:16]
+    assert ((between[1] - between[0]) * (between[2] - between[1]) >= 0).all()  # slow waves move steadily
+    every = sinusoid(torch.arange(1000), 32)
+    assert torch.pdist(every).min() > 0.1  # no two timesteps look alike
+    assert close(every.square().sum(1), torch.full((1000,), 16.0), 1e-3)
+
+
+def test_odd_widths_are_refused():
+    with pytest.raises(ValueError, match="even, got 7"):
+        sinusoid(torch.tensor([1]), 7)
+
+
+def test_time_embedding_is_linear_swish_linear():
+    layer, x = TimeEmbedding(4, 6), torch.randn(3, 4)
+    h = x @ layer.linear_1.weight.T + layer.linear_1.bias
+    expected = (h / (1 + torch.exp(-h))) @ layer.linear_2.weight.T + layer.linear_2.bias
+    assert close(layer(x), expected)
+
+
+# Residual block
+
+
+def test_groups_must_divide_channels():
+    assert group_norm(8, 4, 1e-3).eps == 1e-3
+    with pytest.raises(ValueError, match="10 channels can't be split into 4 groups"):
+        group_norm(10, 4, 1e-5)
+
+
+@pytest.mark.parametrize("out", [8, 12])
+@pytest.mark.parametrize("timed", [True, False])
+def test_residual_block_by_hand(out, timed):
+    block = ResidualBlock(8, out, time_width=6 if timed else None, groups=4, eps=0.1)
+    for norm in (block.norm1, block.norm2):
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x, time = torch.randn(2, 8, 5, 7), torch.randn(2, 6) if timed else None
+
+    def norm(layer, x):
+        groups = x.unflatten(1, (4, -1))
+        mean = groups.mean((2, 3, 4), keepdim=True)
+        var = groups.var((2, 3, 4), correction=0, keepdim=True)
+        x = ((groups - mean) / (var + 0.1).sqrt()).flatten(1, 2)
+        return x * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+
+    def swish(x):
+        return x * torch.sigmoid(x)
+
+    h = block.conv1(swish(norm(block.norm1, x)))
+    if timed:
+        h = h + block.time_emb_proj(swish(time)).view(2, out, 1, 1)
+    h = block.conv2(swish(norm(block.norm2, h)))
+    skip = x if out == 8 else F.conv2d(x, block.conv_shortcut.weight, block.conv_shortcut.bias)
+    assert (block.conv_shortcut is None) == (out == 8)
+    assert close(block(x, time), h + skip)
+
+
+# Flatten and unflatten
+
+
+def test_flatten_and_unflatten_are_inverse():
+    x = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
+    row = SpatialFlatten()(x)
+    assert row.shape == (2, 20, 3)
+    assert torch.equal(row[1, 7], x[1, :, 1, 2])  # place 7 is row 1, column 2 of a map 5 wide
+    assert torch.equal(SpatialUnflatten()(row, (4, 5)), x)
+    volume = torch.randn(2, 3, 2, 4, 5)
+    assert torch.equal(SpatialUnflatten()(SpatialFlatten()(volume), volume.shape[2:]), volume)
+
+
+# Attention
+
+
+def attention_by_loops(layer, x, context):
+    """Softmax of scaled products, one head and one query at a time."""
+    q, k, v = layer.to_q(x), layer.to_k(context), layer.to_v(context)
+    width = q.shape[2] // layer.heads
+    mixed = torch.zeros_like(q)
+    for b in range(len(x)):
+        for head in range(layer.heads):
+            part = slice(head * width, (head + 1) * width)
+            for n in range(x.shape[1]):
+                weights = torch.softmax(k[b, :, part] @ q[b, n, part] / math.sqrt(width), 0)
+                mixed[b, n, part] = weights @ v[b, :, part]
+    return layer.to_out[0](mixed)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_by_loops(heads):
+    layer = Attention(8, heads=heads, context_width=5)
+    x, context = torch.randn(2, 3, 8), 3 * torch.randn(2, 4, 5)
+    assert close(layer(x, context), attention_by_loops(layer, x, context))
+    layer = Attention(8, heads=heads, bias=True)
+    assert close(layer(x), attention_by_loops(layer, x, x))
+
+
+def test_attention_does_not_care_for_the_order_of_the_context():
+    layer, x, context = Attention(8, heads=2), torch.randn(1, 3, 8), torch.randn(1, 5, 8)
+    assert close(layer(x, context), layer(x, context[:, [4, 0, 3, 1, 2]]), 1e-6)
+    assert not close(layer(x, context), layer(x, context[:, :4]), 1e-3)
+
+
+def test_biases_are_where_public_weights_have_them():
+    assert [name for name, _ in Attention(8, heads=2).named_parameters()] == [
+        "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"]
+    assert AttentionBlock(8, groups=4).to_q.bias is not None
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="8 channels can't be split into 3 heads"):
+        Attention(8, heads=3)
+
+
+def test_attention_block_by_hand():
+    block, x = AttentionBlock(8, heads=2, groups=4), torch.randn(2, 8, 3, 2)
+    row = block.group_norm(x).flatten(2).transpose(1, 2)
+    expected = x + attention_by_loops(block, row, row).transpose(1, 2).reshape(2, 8, 3, 2)
+    assert close(block(x), expected)
+    assert block.group_norm.eps == 1e-6
+
+
+def test_attention_block_moves_with_its_places():
+    """It has no idea of where a place is: shuffled places give the same answers, shuffled."""
+    block, x = AttentionBlock(8, groups=4), torch.randn(1, 8, 1, 6)
+    order = [3, 1, 5, 0, 2, 4]
+    assert close(block(x[..., order]), block(x)[..., order])
+
+
+# Transformer
+
+
+def test_geglu_opens_the_first_half_by_the_second():
+    layer, x = GEGLU(4, 6), torch.randn(3, 4)
+    value, gate = (x @ layer.proj.weight.T + layer.proj.bias).split(6, dim=1)
+    normal = 0.5 * (1 + torch.erf(gate / math.sqrt(2)))  # exact, not the tanh approximation
+    assert close(layer(x), value * gate * normal)
+
+
+def test_feed_forward_keys_and_width():
+    layer = FeedForward(4)
+    assert {key: tuple(p.shape) for key, p in layer.state_dict().items()} == {
+        "net.0.proj.weight": (32, 4), "net.0.proj.bias": (32,), "net.2.weight": (4, 16), "net.2.bias": (4,)}
+    x = torch.randn(2, 3, 4)
+    assert close(layer(x), layer.net[2](layer.net[0](x)))
+
+
+def test_transformer_block_by_hand():
+    block, x, context = TransformerBlock(8, heads=2, context_width=5), torch.randn(2, 3, 8), torch.randn(2, 4, 5)
+    h = x + block.attn1(block.norm1(x))
+    h = h + block.attn2(block.norm2(h), context)
+    assert close(block(x, context), h + block.ff(block.norm3(h)))
+    assert not close(block(x, context), block(x, context + 1), 1e-3)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_spatial_transformer_projects_alike_by_linear_layer_and_by_convolution(linear):
+    one = SpatialTransformer(8, heads=2, context_width=5, depth=2, linear=linear, groups=4)
+    other = SpatialTransformer(8, heads=2, context_width=5, depth=2, linear=not linear, groups=4)
+    shapes = other.state_dict()
+    other.load_state_dict({key: p.reshape(shapes[key].shape) for key, p in one.state_dict().items()})
+    x, context = torch.randn(2, 8, 3, 4), torch.randn(2, 6, 5)
+    assert close(one(x, context), other(x, context))
+    assert len(one.transformer_blocks) == 2 and one.norm.eps == 1e-6
+
+
+def test_spatial_transformer_adds_to_its_input():
+    block = SpatialTransformer(8, heads=2, context_width=5, groups=4)
+    nn.init.zeros_(block.proj_out.weight), nn.init.zeros_(block.proj_out.bias)
+    x = torch.randn(2, 8, 3, 4)
+    assert torch.equal(block(x, torch.randn(2, 6, 5)), x)
+
+
+# Down and up
+
+
+def test_downsample_pads_on_all_sides_or_below_and_right():
+    x = torch.randn(1, 4, 6, 8)
+    for padding in (1, 0):
+        layer = Downsample(4, padding=padding)
+        padded = torch.zeros(1, 4, 8, 10)
+        padded[:, :, padding:6 + padding, padding:8 + padding] = x
+        expected = F.conv2d(padded, layer.conv.weight, layer.conv.bias)[:, :, ::2, ::2][:, :, :3, :4]
+        assert layer(x).shape == (1, 4, 3, 4) and close(layer(x), expected)
+
+
+def test_upsample_repeats_pixels_before_the_convolution():
+    layer, x = Upsample(4), torch.randn(2, 4, 3, 5)
+    doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert close(layer(x), F.conv2d(doubled, layer.conv.weight, layer.conv.bias, padding=1))
+
+
+# What all have in common
+
+
+def blocks():
+    context = torch.randn(3, 4, 5)
+    yield ResidualBlock(8, 12, time_width=6, groups=4), torch.randn(3, 8, 4, 6), (torch.randn(3, 6),)
+    yield AttentionBlock(8, heads=2, groups=4), torch.randn(3, 8, 4, 6), ()
+    yield SpatialTransformer(8, heads=2, context_width=5, groups=4), torch.randn(3, 8, 4, 6), (context,)
+    yield Downsample(8, padding=0), torch.randn(3, 8, 4, 6), ()
+    yield Upsample(8), torch.randn(3, 8, 4, 6), ()
+    yield TransformerBlock(8, heads=2, context_width=5), torch.randn(3, 7, 8), (context,)
+    yield Attention(8, heads=2, context_width=5), torch.randn(3, 7, 8), (context,)
+    yield TimeEmbedding(8, 6), torch.randn(3, 8), ()
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_every_block_treats_each_picture_alone_and_learns_everywhere(number):
+    block, x, others = list(blocks())[number]
+    x.requires_grad_()
+    together = block(x, *others)
+    for i in range(3):
+        assert close(block(x[i:i + 1], *(other[i:i + 1] for other in others))[0], together[i])
+    together.square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    dead = [name for name, p in block.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # A key's bias adds the same to all scores of a query, and softmax doesn't see it.
+    assert [name for name in dead if not name.endswith("to_k.bias")] == []

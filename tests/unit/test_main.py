@@ -1,0 +1,158 @@
+"""The command line: pictures where they were asked for, one clear sentence where that can't be."""
+
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusionbook.__main__ import main
+from diffusionbook.data import image_grid
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    folder = tmp_path / "model"
+    tiny.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line here; gives the exit code and what was printed to stdout and stderr."""
+    def run(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's own way to say no
+            code = stop.code
+        return code, *capsys.readouterr()
+    return run
+
+
+def refused(result, *words):
+    code, out, err = result
+    assert code == 2 and out == "", result
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("diffusionbook") and all(word in last for word in words), err
+
+
+def test_a_caption_becomes_a_file(run, model, tiny, tmp_path):
+    code, out, err = run("generate", "red heart", "--seed", 3, "--steps", 4, "--guidance", 2, "--sampler", "ddim",
+                         "--model", model, "--out", tmp_path / "heart.png")
+    assert code == 0 and out == f"{tmp_path / 'heart.png'}\n"
+    expected, = tiny("red heart", seed=3, steps=4, guidance=2.0, sampler="ddim", progress=False)
+    with Image.open(tmp_path / "heart.png") as picture:
+        assert abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 2
+    assert "/4" in err  # the progress bar
+
+
+@pytest.mark.parametrize("count, size", [(4, (130, 130)), (16, (262, 262)), (3, (130, 130)), (1, (64, 64))])
+def test_a_grid(run, model, tiny, tmp_path, count, size):
+    code, *_ = run("generate", "pizza", "--grid", count, "--steps", 2, "--model", model, "--out", tmp_path / "grid.png")
+    assert code == 0
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.size == size
+        pictures = tiny("pizza", n=count, steps=2, progress=False)
+        expected = image_grid(pictures, columns=max(1, round(count**0.5)))
+        assert abs(np.asarray(sheet).astype(int) - np.asarray(expected)).max() <= 2
+
+
+def test_other_kinds_of_picture(run, model, tmp_path):
+    for name, kind in (("heart.webp", "WEBP"), ("heart.JPG", "JPEG")):
+        assert run("generate", "red heart", "--steps", 1, "--model", model, "--out", tmp_path / name)[0] == 0
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == kind
+
+
+def test_an_existing_picture_is_replaced(run, model, tmp_path):
+    path = tmp_path / "heart.png"
+    path.write_text("old")
+    assert run("generate", "red heart", "--steps", 1, "--model", model, "--out", path)[0] == 0
+    with Image.open(path) as picture:
+        assert picture.size == (64, 64)
+
+
+def test_refusals_leave_an_existing_picture_alone(run, model, tmp_path):
+    path = tmp_path / "heart.png"
+    path.write_text("old")
+    refused(run("generate", "red heart", "--steps", 0, "--model", model, "--out", path), "steps")
+    assert path.read_text() == "old"
+    refused(run("generate", "red heart", "--model", "emojy", "--out", tmp_path / "new.png"), "emojy")
+    assert not (tmp_path / "new.png").exists()
+
+
+@pytest.mark.parametrize("caption", ["", "  ", "\n"])
+def test_an_empty_caption(run, model, tmp_path, caption):
+    refused(run("generate", caption, "--model", model, "--out", tmp_path / "x.png"), "caption", "empty")
+
+
+def test_an_unknown_model(run, tmp_path):
+    refused(run("generate", "red heart", "--model", "emojy", "--out", tmp_path / "x.png"), "no model named 'emojy'")
+
+
+def test_an_incomplete_model(run, model, tmp_path):
+    (model / "vae").rename(tmp_path / "vae")
+    refused(run("generate", "red heart", "--model", model, "--out", tmp_path / "x.png"), "it lacks vae")
+
+
+@pytest.mark.parametrize("name, words", [
+    ("nowhere/x.png", ["can't write to", "nowhere", "--out"]),
+    ("x.txt", ["x.txt", "x.png"]),
+    ("picture", ["picture.png"]),
+    ("x.psd", ["x.psd", "x.png"]),  # Pillow reads it but can't write it
+])
+def test_paths_that_cannot_be_written(run, model, tmp_path, name, words):
+    refused(run("generate", "red heart", "--steps", 1, "--model", model, "--out", tmp_path / name), *words)
+
+
+def test_a_folder_is_not_a_picture(run, model, tmp_path):
+    (tmp_path / "x.png").mkdir()
+    refused(run("generate", "red heart", "--model", model, "--out", tmp_path / "x.png"), "can't write to", "folder")
+
+
+def test_a_folder_without_permission(run, model, tmp_path, monkeypatch):
+    def forbid(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", forbid)  # root may write everywhere
+    refused(run("generate", "red heart", "--model", model, "--out", tmp_path / "x.png"), "can't write to", "denied")
+
+
+@pytest.mark.parametrize("options, word", [
+    (["--steps", 0], "steps"),
+    (["--steps", 1001], "steps"),
+    (["--steps", "many"], "--steps"),
+    (["--grid", 0], "1"),
+    (["--grid", -2], "1"),
+    (["--sampler", "euler"], "ddim"),
+    (["--guidance", "nan"], "finite"),
+    (["--guidance", "1e38"], "NaN"),
+    (["--seed", "one"], "--seed"),
+    (["--seed", 2**70], "seed"),
+])
+def test_impossible_options(run, model, tmp_path, options, word):
+    refused(run("generate", "red heart", "--model", model, "--out", tmp_path / "x.png", *options), word)
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", "a", "b"]])
+def test_other_commands(run, arguments):
+    refused(run(*arguments))
+
+
+def test_help(run):
+    code, out, _ = run("generate", "--help")
+    assert code == 0
+    for option in ("--seed", "--out", "--grid", "--steps", "--guidance", "--model", "--sampler"):
+        assert option in out
+
+
+def test_python_dash_m(model, tmp_path):
+    """In a process of its own: exit code 2 and one sentence, not a traceback."""
+    command = [sys.executable, "-m", "diffusionbook", "generate", "red heart", "--model", "no such model"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr.count("\n") == 1 and "no model named 'no such model'" in found.stderr

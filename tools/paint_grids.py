@@ -1,0 +1,66 @@
+"""Paint the picture of the README, and held-out captions beside the real pictures for the model card.
+
+    python tools/paint_grids.py
+
+Writes book/_static/emoji-grid.png and recipes/emoji_stable_diffusion.png.
+"""
+
+import textwrap
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+from diffusionbook.data import emoji
+from diffusionbook.stable_diffusion import StableDiffusion
+
+ROOT = Path(__file__).parent.parent
+CAPTIONS = [
+    f"{name}, {style} style"
+    for style in ("noto", "twemoji", "3d")
+    for name in ("red heart", "pizza", "grinning face", "cat face", "blue heart", "woman astronaut", "flag: Japan",
+                 "sunflower")
+    if not (name.startswith("flag") and style == "3d")
+] + ["man firefighter, dark skin tone, 3d style"]
+HELD_OUT_ROWS = {"object_style": 2, "tone_style": 2}  # rows of eight captions
+
+
+def label(axes, caption: str) -> None:
+    axes.set_title(textwrap.fill(caption, 17), fontsize=6, y=-0.06, va="top")
+    axes.axis("off")
+
+
+def show(axes, image: torch.Tensor) -> None:
+    axes.imshow(image.permute(1, 2, 0) / 2 + 0.5, interpolation="nearest")
+
+
+def paint_captions(painter: StableDiffusion, path: Path) -> None:
+    images = painter(CAPTIONS, output="tensor", seed=0)
+    figure, grid = plt.subplots(3, 8, figsize=(8, 4.1), dpi=120)
+    for axes, caption, image in zip(grid.flat, CAPTIONS, images, strict=True):
+        show(axes, image)
+        label(axes, caption)
+    figure.subplots_adjust(0.005, 0.09, 0.995, 0.995, wspace=0.08, hspace=0.42)
+    figure.savefig(path)
+
+
+def paint_held_out(painter: StableDiffusion, path: Path) -> None:
+    figure, grid = plt.subplots(4, 8, figsize=(12, 5.2), dpi=100)
+    rows = iter(grid)
+    for split, count in HELD_OUT_ROWS.items():
+        data = emoji(split)
+        index = range(0, len(data), len(data) // (8 * count))[: 8 * count]
+        captions = [data.captions[i] for i in index]
+        pairs = torch.cat([data.images(index), painter(captions, output="tensor", seed=0)], dim=3)  # (B, 3, 64, 128)
+        for row in range(count):
+            for k, axes in enumerate(next(rows), start=8 * row):
+                show(axes, pairs[k])
+                label(axes, captions[k])
+    figure.subplots_adjust(0.005, 0.07, 0.995, 0.995, wspace=0.08, hspace=0.3)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    model = StableDiffusion.from_pretrained("emoji")
+    paint_captions(model, ROOT / "book" / "_static" / "emoji-grid.png")
+    paint_held_out(model, ROOT / "recipes" / "emoji_stable_diffusion.png")
