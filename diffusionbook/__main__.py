@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="another seed, another picture (%(default)s)")
     generate.add_argument("--grid", type=int, default=1, metavar="N", help="paint N pictures on one sheet")
     generate.add_argument("--steps", type=int, default=20, help="denoising steps (%(default)s)")
-    generate.add_argument("--guidance", type=float, default=5.0, help="how closely to follow the caption (%(default)s)")
+    generate.add_argument("--guidance", type=float, default=3.0, help="how closely to follow the caption (%(default)s)")
     generate.add_argument("--sampler", default="dpmpp_2m", help="dpmpp_2m or ddim (%(default)s)")
     generate.add_argument("--model", default="emoji", help="a model that ships, or a folder (%(default)s)")
     generate.set_defaults(run=_generate)

@@ -108,7 +108,7 @@ class StableDiffusion:
         """What the U-Net is told about captions: (B, context_length, width)."""
         return self.text_encoder(self.tokenizer(captions).to(self.text_encoder.device))
 
-    def denoiser(self, captions: list[str], *, negative: str = "", guidance: float = 5.0) -> Denoiser:
+    def denoiser(self, captions: list[str], *, negative: str = "", guidance: float = 3.0) -> Denoiser:
         """A guided `Denoiser` for latents (B, C, h, w), one caption for each."""
         denoise = Denoiser(self.unet, self.schedule, self.prediction, Condition(context=self.encode_text(captions)))
         if guidance == 1:
@@ -117,7 +117,7 @@ class StableDiffusion:
         return classifier_free(denoise, Condition(context=without), scale=guidance)
 
     def __call__(self, prompt: str | list[str], *, negative: str = "", n: int = 1, steps: int = 20,
-                 guidance: float = 5.0, sampler: str = "dpmpp_2m", size: tuple[int, int] | None = None, seed: int = 0,
+                 guidance: float = 3.0, sampler: str = "dpmpp_2m", size: tuple[int, int] | None = None, seed: int = 0,
                  latents: torch.Tensor | None = None, output: str = "pil", progress: bool = True,
                  on_step=None) -> list[Image.Image] | torch.Tensor:
         """Paint `n` pictures for a caption, or for each of a list of captions.

@@ -64,10 +64,11 @@ def fit(model: nn.Module, loss, *, steps: int, lr: float, folder=None, warmup: i
     and a dict of numbers for the log. Every `every` steps `evaluate()`, which returns a dict of numbers, is called
     with the averaged weights in place. With a `folder`, each such moment is a line in `log.jsonl` there and a state
     in `state.pt` from which a later call with the same arguments goes on.
-    Raises `ValueError` for `steps` < 1 and `FloatingPointError` when the loss isn't finite. Defined in chapter 08.
+    Raises `ValueError` for `steps` or `every` < 1 and `FloatingPointError` when the loss isn't finite. Defined in chapter 08.
     """
-    if steps < 1 or every < 1:
-        raise ValueError(f"steps and every must be at least 1, got {steps} and {every}")
+    for name, number in {"steps": steps, "every": every}.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = EMA(model, decay=ema)
     generator = torch.Generator().manual_seed(seed)
