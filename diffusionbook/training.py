@@ -64,7 +64,8 @@ def fit(model: nn.Module, loss, *, steps: int, lr: float, folder=None, warmup: i
     and a dict of numbers for the log. Every `every` steps `evaluate()`, which returns a dict of numbers, is called
     with the averaged weights in place. With a `folder`, each such moment is a line in `log.jsonl` there and a state
     in `state.pt` from which a later call with the same arguments goes on.
-    Raises `ValueError` for `steps` or `every` < 1 and `FloatingPointError` when the loss isn't finite. Defined in chapter 08.
+    Raises `ValueError` for `steps` or `every` < 1 and `FloatingPointError` when the loss isn't finite.
+    Defined in chapter 08.
     """
     for name, number in {"steps": steps, "every": every}.items():
         if number < 1:

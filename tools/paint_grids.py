@@ -26,7 +26,7 @@ HELD_OUT_ROWS = {"object_style": 2, "tone_style": 2}  # rows of eight captions
 
 
 def label(axes, caption: str) -> None:
-    axes.set_title(textwrap.fill(caption, 17), fontsize=6, y=-0.06, va="top")
+    axes.set_title(textwrap.fill(caption, 17), fontsize=6, y=-0.1, va="top")
     axes.axis("off")
 
 
