@@ -1,6 +1,7 @@
-"""The command line: `diffusionbook generate "red heart, noto style" --seed 0 --out heart.png`."""
+"""The command line: `diffusionbook generate "red heart, noto style" --out heart.png`, `diffusionbook train RECIPE`."""
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diffusionbook", description="Paint pictures from words.")
+    parser = argparse.ArgumentParser(prog="diffusionbook", description="Paint pictures from words, and train what paints them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="paint a picture for a caption")
     generate.add_argument("caption", help='what to paint, such as "red heart, noto style"')
@@ -27,9 +28,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--grid", type=int, default=1, metavar="N", help="paint N pictures on one sheet")
     generate.add_argument("--steps", type=int, default=20, help="denoising steps (%(default)s)")
     generate.add_argument("--guidance", type=float, default=3.0, help="how closely to follow the caption (%(default)s)")
-    generate.add_argument("--sampler", default="dpmpp_2m", help="dpmpp_2m or ddim (%(default)s)")
+    generate.add_argument("--sampler", default="dpmpp_2m", help="such as dpmpp_2m, ddim or euler (%(default)s)")
     generate.add_argument("--model", default="emoji", help="a model that ships, or a folder (%(default)s)")
     generate.set_defaults(run=_generate)
+    train = commands.add_parser("train", help="train what a recipe describes, or go on where it stopped")
+    train.add_argument("recipe", type=Path, help="a TOML file such as recipes/digits.toml")
+    train.add_argument("--folder", type=Path, help="where log, state and weights go (runs/NAME OF THE RECIPE)")
+    train.add_argument("--steps", type=int, help="another number of steps than the recipe's")
+    train.add_argument("--device", help='"cpu", "cuda", "cuda:1" or "mps" (the best there is)')
+    train.add_argument("--ship", metavar="NAME", help="also put the weights, as float16, among those that ship")
+    train.set_defaults(run=_train)
     return parser
 
 
@@ -45,6 +53,42 @@ def _generate(given: argparse.Namespace) -> None:
                        sampler=given.sampler, seed=given.seed)
     image_grid(pictures, columns=max(1, round(len(pictures) ** 0.5))).save(given.out)
     print(given.out)
+
+
+def _train(given: argparse.Namespace) -> None:
+    import torch
+
+    from diffusionbook.training import load_denoiser, run_recipe, save_denoiser
+
+    if given.ship is not None and Path(given.ship).name != given.ship:
+        raise ValueError(f"--ship needs a plain name for the weights, got {given.ship!r}")
+    folder = given.folder or Path("runs") / given.recipe.stem
+    run_recipe(given.recipe, folder=folder, device=_device(given.device), steps=given.steps)
+    if int(os.environ.get("RANK", 0)):
+        return  # only the first of several processes goes on
+    if given.ship:
+        denoise, classes = load_denoiser(folder)
+        folder = Path(__file__).parent / "weights" / given.ship
+        save_denoiser(folder, denoise, classes=classes, dtype=torch.float16)
+    print(folder)
+
+
+def _device(wish: str | None):
+    """The device to train on: the one wished for, the best there is, or one for each process of `accelerate launch`."""
+    import torch
+
+    from diffusionbook.data import pick_device
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState
+
+        return PartialState(cpu=wish == "cpu").device
+    try:
+        device = torch.device(wish) if wish else pick_device()
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {wish!r} here; leave --device out to take the best there is") from error
+    return device
 
 
 def _check_writable(path: Path) -> None:

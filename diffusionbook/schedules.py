@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linear_betas', 'scaled_linear_betas', 'sigmoid_ramp_betas', 'betas_from_alpha_bar', 'cosine_betas', 'sigmoid_betas',
-           'NoiseSchedule', 'rescale_zero_terminal_snr']
+           'flow_levels', 'NoiseSchedule', 'rescale_zero_terminal_snr']
 
 # %% ../book/04_noise_schedules.ipynb #ch04-10
 import math
@@ -108,6 +108,23 @@ def sigmoid_betas(
     alpha_bar = (curve[-1] - curve) / (curve[-1] - curve[0])
     return betas_from_alpha_bar(alpha_bar, max_beta=max_beta)
 
+# %% ../book/04_noise_schedules.ipynb #d43dca89
+def flow_levels(steps: int = 1000, *, shift: float = 1.0) -> Tensor:
+    """Shares of noise r in x_t = (1 - r) x0 + r noise, from 1/steps up to 1: (steps,), float64.
+
+    shift: above 1 spends more of the steps at high noise, for large pictures; 1 makes equal steps.
+    (Esser et al. 2024, eq. 23.) Raises ValueError unless shift > 0. Defined in chapter 04.
+    """
+    _check_steps(steps)
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift must be a finite number above 0, got {shift}; 1 means none, 3 is usual at 1024²")
+    return _shifted(torch.arange(1, steps + 1, dtype=torch.float64) / steps, shift)
+
+
+def _shifted(r: Tensor, shift: float) -> Tensor:
+    """Multiply the noise-to-signal ratio r / (1 - r) by shift."""
+    return shift * r / (shift * r + (1 - r))
+
 # %% ../book/04_noise_schedules.ipynb #ch04-22
 def _per_picture(weights: tuple[Tensor, Tensor], x0: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Check two batches; shape the weights, one per picture, to multiply them: (B,) -> (B, 1, ..., 1)."""
@@ -140,9 +157,10 @@ class NoiseSchedule:
 
     betas: (T,) variances in (0, 1), the last may be 1; kept as float64 on the CPU.
     config: the same schedule in the layout of diffusers' scheduler_config.json, for saving.
+    shift: None for a variance-preserving schedule; a number for the straight line of flow matching (see `flow`).
     Timesteps run from 0 (one small step of noise) to T - 1 (the last), so the paper's step 1 is t = 0 here.
-    Build one by name (`linear`, `scaled_linear`, `cosine`, `sigmoid`, `sigmoid_ramp`), by `from_betas` or by
-    `from_config`. Code follows its inputs: results lie on the device of the tensors you pass.
+    Build one by name (`linear`, `scaled_linear`, `cosine`, `sigmoid`, `sigmoid_ramp`, `flow`), by `from_betas`
+    or by `from_config`. Code follows its inputs: results lie on the device of the tensors you pass.
     (Ho et al. 2020, section 2.) Defined in chapter 04.
 
     >>> NoiseSchedule.linear(1000).alpha_bar[-1].item()
@@ -151,6 +169,7 @@ class NoiseSchedule:
 
     betas: Tensor
     config: dict = field(default_factory=dict)
+    shift: float | None = None
 
     def __post_init__(self):
         betas = torch.as_tensor(self.betas, dtype=torch.float64, device="cpu").detach().clone()
@@ -161,13 +180,16 @@ class NoiseSchedule:
                 f"every beta must lie between 0 and 1 (the last may be 1), got {betas.min():.3g} to "
                 f"{betas.max():.3g}; a beta is the share of the variance that one step replaces by noise"
             )
-        config = dict(self.config) or {"trained_betas": betas.tolist()}
-        config = {"num_train_timesteps": betas.numel(), "rescale_betas_zero_snr": False, **config}
+        if self.shift is None:
+            config = dict(self.config) or {"trained_betas": betas.tolist()}
+            config = {"num_train_timesteps": betas.numel(), "rescale_betas_zero_snr": False, **config}
+        else:
+            config = {"num_train_timesteps": betas.numel(), "shift": self.shift}
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "config", config)
 
     def __repr__(self):
-        name = self.config.get("beta_schedule", "custom")
+        name = self.config.get("beta_schedule", "custom" if self.shift is None else "flow")
         ends = f"{self.alpha_bar[0]:.4g} to {self.alpha_bar[-1]:.4g}"
         return f"NoiseSchedule({name}, steps={self.steps}, alpha_bar {ends})"
 
@@ -213,6 +235,20 @@ class NoiseSchedule:
         return cls(betas, {"beta_schedule": "sigmoid", "beta_start": beta_min, "beta_end": beta_max})
 
     @classmethod
+    def flow(cls, steps: int = 1000, *, shift: float = 1.0) -> "NoiseSchedule":
+        """The straight line of flow matching, x_t = (1 - r) x0 + r noise, with r from `flow_levels`.
+
+        alpha(t) and sigma(t) are 1 - r and r: they add up to 1, and their squares do not. The tables keep their
+        meaning as *shares*: snr = alpha^2 / sigma^2, and alpha_bar and betas are those of the variance-preserving
+        schedule with the same SNR. The last step is pure noise.
+        (Lipman et al. 2023, section 4.1, with time reversed; Esser et al. 2024, eq. 23, for the shift.)
+        Defined in chapter 04.
+        """
+        r = flow_levels(steps, shift=shift)
+        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - r) ** 2 / ((1 - r) ** 2 + r**2)])
+        return cls(1 - alpha_bar[1:] / alpha_bar[:-1], shift=float(shift))
+
+    @classmethod
     def from_betas(cls, betas) -> "NoiseSchedule":
         """A schedule from your own variances: a list or a (T,) tensor in (0, 1). Defined in chapter 04."""
         return cls(betas)
@@ -221,8 +257,13 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping) -> "NoiseSchedule":
         """Read the layout of diffusers' scheduler_config.json, passing over keys that have another purpose.
 
-        Raises ValueError for a `beta_schedule` that is not known. Defined in chapter 04.
+        A config with `shift` is a flow. Raises ValueError for a `beta_schedule` that is not known, and for a shift
+        that depends on the size of the picture. Defined in chapter 04.
         """
+        if config.get("use_dynamic_shifting"):
+            raise ValueError("the shift of this flow depends on the picture's size; use NoiseSchedule.flow(shift=…)")
+        if "shift" in config:
+            return cls.flow(config.get("num_train_timesteps", 1000), shift=config["shift"])
         names = {
             "linear": cls.linear,
             "scaled_linear": cls.scaled_linear,
@@ -247,10 +288,12 @@ class NoiseSchedule:
         return dict(self.config)
 
     def zero_terminal_snr(self) -> "NoiseSchedule":
-        """The same schedule, rescaled so that its last step is pure noise. (Lin et al. 2023.)
+        """The same schedule, rescaled so that its last step is pure noise, which a flow's is already.
 
-        Defined in chapter 04.
+        (Lin et al. 2023.) Defined in chapter 04.
         """
+        if self.shift is not None:
+            return self
         betas = rescale_zero_terminal_snr(self.betas)
         return NoiseSchedule(betas, {**self.config, "rescale_betas_zero_snr": True})
 
@@ -281,31 +324,44 @@ class NoiseSchedule:
         """Natural logarithm of `snr`; minus infinity where no signal is left. (T,)"""
         return torch.log(self.alpha_bar) - torch.log1p(-self.alpha_bar)
 
-    @cached_property
-    def alpha_bar_previous(self) -> Tensor:
-        """`alpha_bar` one step earlier; 1, the clean picture, before the first. (T,)"""
-        return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
-
-    @cached_property
-    def posterior_variance(self) -> Tensor:
-        """Variance of x_{t-1} when x_t and x_0 are both known; 0 at t = 0. (Ho et al. 2020, eq. 7.) (T,)"""
-        return (1 - self.alpha_bar_previous) / (1 - self.alpha_bar) * self.betas
-
     # The forward process at any time
 
     def alpha(self, t) -> Tensor:
-        """How much picture is left at timestep t, sqrt(alpha_bar).
+        """How much picture is left at timestep t: sqrt(alpha_bar), or 1 - r for a flow.
 
         t: number or tensor of shape (B,) in [0, T - 1], whole or fractional. Between two whole timesteps the
-        log-SNR is interpolated linearly (alpha instead, if the later one has no signal and log-SNR -infinity).
+        log-SNR is interpolated linearly (alpha instead, if the later one has no signal and log-SNR -infinity);
+        a flow needs no interpolation.
         Returns a tensor of t's shape on t's device: float64 if t is a Python number or float64, else float32.
         Raises ValueError for a t out of range or not finite. Defined in chapter 04.
         """
-        return self._like_t(self._alpha_sigma(t)[0], t)
+        return self.levels(t)[0]
 
     def sigma(self, t) -> Tensor:
-        """How much noise there is at timestep t, sqrt(1 - alpha_bar); see `alpha`. Defined in chapter 04."""
-        return self._like_t(self._alpha_sigma(t)[1], t)
+        """How much noise there is at timestep t: sqrt(1 - alpha_bar), or r; see `alpha`. Defined in chapter 04."""
+        return self.levels(t)[1]
+
+    def levels(self, t) -> tuple[Tensor, Tensor]:
+        """alpha(t) and sigma(t) at once, for less than the price of two; see `alpha`. Defined in chapter 04."""
+        alpha, sigma = self._alpha_sigma(t)
+        return self._like_t(alpha, t), self._like_t(sigma, t)
+
+    def time_of(self, log_snr) -> Tensor:
+        """The timestep, whole or fractional, at which the log-SNR has a given value: the inverse of `log_snr`.
+
+        log_snr: a number or a tensor (N,). Values that the schedule never takes give its nearest end.
+        Returns float64 of the same shape on the CPU. Defined in chapter 04.
+        """
+        wanted, last = torch.as_tensor(log_snr, dtype=torch.float64, device="cpu"), self.steps - 1
+        if self.shift is not None:
+            return (_shifted(torch.sigmoid(-wanted / 2), 1 / self.shift) * self.steps - 1).clamp(0, last)
+        if last == 0:
+            return torch.zeros_like(wanted)
+        after = torch.searchsorted(-self.log_snr, -wanted).clamp(1, last)
+        before = after - 1
+        part = (wanted - self.log_snr[before]) / (self.log_snr[after] - self.log_snr[before])
+        straight = 1 - wanted.sigmoid().sqrt() / self.alpha_bar[before].sqrt()  # alpha's way down to 0
+        return before + torch.where(self.alpha_bar[after] == 0, straight, part).clamp(0, 1)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t) -> Tensor:
         """Jump from the clean x0 to x_t = alpha(t) x0 + sigma(t) noise. (Ho et al. 2020, eq. 4.)
@@ -326,62 +382,87 @@ class NoiseSchedule:
         alpha, sigma = _per_picture(self._alpha_sigma(t), x0, noise)  # (B, 1, ..., 1) each
         return _finite(alpha * noise - sigma * x0).to(x0.dtype)
 
-    def posterior_mean(self, x0: Tensor, x_t: Tensor, t) -> Tensor:
-        """Mean of x_{t-1} when x_t and x_0 are both known. (Ho et al. 2020, eq. 7.)
+    # One step back, when the clean picture is known
 
-        x0, x_t: (B, ...) of one shape. t: a whole number, or a tensor of them of shape (B,), in [0, T - 1].
-        Returns the shape, dtype and device of x0; at t = 0 it is x0 itself. Raises ValueError like
-        `add_noise`, and for a fractional t. Defined in chapter 04.
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t, t_next) -> Tensor:
+        """Mean of x at t_next when x_t and x_0 are both known. (Kingma et al. 2021, appendix A.2.)
+
+        x0, x_t: (B, ...) of one shape. t: a number or a (B,) tensor, in [0, T - 1]. t_next: the same, anywhere below
+        t; None, or -1 in a tensor, means the clean picture. With t_next = t - 1 it is eq. 7 of Ho et al. 2020.
+        Returns the shape, dtype and device of x0. Raises ValueError like `add_noise`, and unless t_next < t.
+        Defined in chapter 04.
         """
-        remaining, remaining_before = 1 - self.alpha_bar, 1 - self.alpha_bar_previous
-        weight_x0 = self.alpha_bar_previous.sqrt() * self.betas / remaining
-        weight_x_t = self.alphas.sqrt() * remaining_before / remaining
-        weights = self._at_whole_steps(weight_x0, t), self._at_whole_steps(weight_x_t, t)
+        (alpha, sigma), (alpha_next, sigma_next), ratio = self._pair(t, t_next)
+        weights = alpha_next * (1 - ratio), alpha / alpha_next * (sigma_next / sigma) ** 2
         weight_x0, weight_x_t = _per_picture(weights, x0, x_t)  # (B, 1, ..., 1) each
         return _finite(weight_x0 * x0 + weight_x_t * x_t).to(x0.dtype)
 
+    def posterior_variance(self, t, t_next) -> Tensor:
+        """Variance of x at t_next when x_t and x_0 are both known: 0 if t_next is the clean picture.
+
+        Arguments as in `posterior_mean`; shape, dtype and device of the result as in `alpha`.
+        Between neighbours it is eq. 7 of Ho et al. 2020. Defined in chapter 04.
+        """
+        _, (_, sigma_next), ratio = self._pair(t, t_next)
+        return self._like_t(sigma_next**2 * (1 - ratio), t)
+
+    def step_variance(self, t, t_next) -> Tensor:
+        """Variance of the noise that the way from t_next up to t adds: beta of t between neighbours.
+
+        Arguments as in `posterior_mean`; shape, dtype and device of the result as in `alpha`. Defined in chapter 04.
+        """
+        (_, sigma), _, ratio = self._pair(t, t_next)
+        return self._like_t(sigma**2 * (1 - ratio), t)
+
     # Looking up a timestep
 
-    def _position(self, t) -> Tensor:
-        """t, checked, as float64 on the CPU: shape () or (B,)."""
+    def _position(self, t, *, clean: bool = False) -> Tensor:
+        """t, checked, as float64 on the CPU: shape () or (B,). clean: whether -1, the clean picture, is allowed."""
         if isinstance(t, bool) or not isinstance(t, Real | Tensor):
             raise ValueError(f"t must be a number or a tensor, got {type(t).__name__}; use torch.tensor(t)")
-        position = torch.as_tensor(t)
+        position = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
         if position.dtype in (torch.bool, torch.float16, torch.bfloat16):
             raise ValueError(f"t must be integer, float32 or float64 to be exact, got {position.dtype}")
         if position.ndim > 1:
             raise ValueError(f"t must be one number or have shape (B,), got shape {tuple(position.shape)}")
         position = position.cpu().double()
-        if not torch.all((position >= 0) & (position <= self.steps - 1)):  # also refuses NaN
+        allowed = (position >= 0) & (position <= self.steps - 1)  # also refuses NaN
+        if not torch.all(allowed | (position == -1) if clean else allowed):
             low, high = position.min().item(), position.max().item()
             raise ValueError(
                 f"t must lie in [0, {self.steps - 1}] for a schedule of {self.steps} steps, got {low:g} to "
-                f"{high:g}; timesteps count from 0"
+                f"{high:g}; timesteps count from 0" + (", and -1 is the clean picture" if clean else "")
             )
         return position
 
-    def _alpha_sigma(self, t) -> tuple[Tensor, Tensor]:
+    def _alpha_sigma(self, t, *, clean: bool = False) -> tuple[Tensor, Tensor]:
         """alpha and sigma at t, float64 on the CPU (empty if t is on the `meta` device and has no value)."""
         if isinstance(t, Tensor) and t.is_meta:
             return torch.empty_like(t, dtype=torch.float32), torch.empty_like(t, dtype=torch.float32)
-        position = self._position(t)
-        before = position.floor().long()
-        after = (before + 1).clamp(max=self.steps - 1)
-        log_snr = torch.lerp(self.log_snr[before], self.log_snr[after], position - before)
+        position = self._position(t, clean=clean)
+        if self.shift is not None:
+            r = _shifted((position + 1) / self.steps, self.shift)
+            return 1 - r, r
+        before = position.clamp(min=0).floor().long()
+        after, part = (before + 1).clamp(max=self.steps - 1), position - before
+        log_snr = torch.lerp(self.log_snr[before], self.log_snr[after], part)
         alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
-        # minus infinity can't be interpolated: there, alpha goes down to 0 in a straight line
-        straight = torch.lerp(self.alpha_bar[before].sqrt(), self.alpha_bar[after].sqrt(), position - before)
-        silent = self.alpha_bar[after] == 0
-        return torch.where(silent, straight, alpha), torch.where(silent, (1 - straight**2).sqrt(), sigma)
+        if self.alpha_bar[-1] == 0:  # minus infinity can't be interpolated: alpha goes down to 0 in a straight line
+            straight = torch.lerp(self.alpha_bar[before].sqrt(), self.alpha_bar[after].sqrt(), part)
+            silent = self.alpha_bar[after] == 0
+            alpha, sigma = torch.where(silent, straight, alpha), torch.where(silent, (1 - straight**2).sqrt(), sigma)
+        if clean:
+            alpha, sigma = torch.where(position < 0, 1.0, alpha), torch.where(position < 0, 0.0, sigma)
+        return alpha, sigma
 
-    def _at_whole_steps(self, table: Tensor, t) -> Tensor:
-        """table[t] for whole t only (or empty, if t is on the `meta` device and has no value)."""
-        if isinstance(t, Tensor) and t.is_meta:
-            return torch.empty_like(t, dtype=torch.float32)
-        position = self._position(t)
-        if torch.any(position != position.floor()):
-            raise ValueError("the posterior belongs to whole steps, got a fractional t; round it first")
-        return table[position.long()]
+    def _pair(self, t, t_next) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+        """(alpha, sigma) at t, the same at t_next (None: the clean picture), and SNR_t / SNR_next."""
+        alpha, sigma = self._alpha_sigma(t)
+        alpha_next, sigma_next = self._alpha_sigma(-1 if t_next is None else t_next, clean=True)
+        ratio = (alpha / sigma * sigma_next / alpha_next) ** 2
+        if not ratio.is_meta and not torch.all(ratio < 1):
+            raise ValueError(f"t_next must lie below t, got t = {t} and t_next = {t_next}; going back means less noise")
+        return (alpha, sigma), (alpha_next, sigma_next), ratio
 
     @staticmethod
     def _like_t(values: Tensor, t) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from diffusionbook.autoencoders import VAE, VAEConfig
 from diffusionbook.data import emoji, pick_device
-from diffusionbook.training import fit
+from diffusionbook.training import train
 
 BATCH = 32
 KL_WEIGHT = 3e-6  # per latent number and relative to a loss per pixel: keeps the space smooth, costs little detail
@@ -54,28 +54,24 @@ def standardise(vae: VAE, images: torch.Tensor) -> None:
     outward.weight *= std.view(1, -1, 1, 1)
 
 
-def train(folder: Path, steps: int) -> None:
+def restore(vae: VAE, images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+    """The loss of one batch: how far pictures, some of them mirrored, are from what the VAE makes of them."""
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+    noise = torch.randn(len(images), 4, 8, 8, generator=generator).to(images.device)
+    restored, cloud = vae(images, noise)
+    kl = cloud.kl().mean()
+    return reconstruction_loss(restored.float(), images) + KL_WEIGHT * kl, {"kl": kl.item()}
+
+
+def main(folder: Path, steps: int) -> None:
     device = pick_device()
     pictures, unseen = emoji("train").images().to(device), emoji("validation").images().to(device)
     torch.manual_seed(0)
     vae = VAE(VAEConfig.preset("emoji")).to(device, memory_format=torch.channels_last)
-
-    def loss(generator: torch.Generator):
-        index = torch.randint(len(pictures), (BATCH,), generator=generator)
-        images = pictures[index]
-        mirrored = torch.rand(BATCH, generator=generator) < 0.5
-        images = torch.where(mirrored.to(device)[:, None, None, None], images.flip(3), images)
-        noise = torch.randn(BATCH, 4, 8, 8, generator=generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            restored, cloud = vae(images, noise)
-        kl = cloud.kl().mean()
-        value = reconstruction_loss(restored.float(), images)
-        return value + KL_WEIGHT * kl, {"kl": kl.item()}
-
-    average = fit(vae, loss, steps=steps, lr=1.2e-3, folder=folder, ema=0.995, every=200,
-                  evaluate=lambda: {"psnr": psnr(vae, unseen)})
+    average = train(vae, pictures, restore, batch=BATCH, steps=steps, lr=1.2e-3, folder=folder, ema=0.995, bf16=True,
+                    evaluate=lambda: {"psnr": psnr(vae, unseen)})
     average.swap(vae)
-    vae.eval()
     standardise(vae, pictures[:: max(1, len(pictures) // 2000)])
     vae.save_pretrained(SHIPPED / "vae", dtype=torch.float16)
     for split in ("validation", "object_style", "tone_style"):
@@ -87,4 +83,4 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji_vae"))
     parser.add_argument("--steps", type=int, default=2800)
     given = parser.parse_args()
-    train(given.folder, given.steps)
+    main(given.folder, given.steps)

@@ -16,16 +16,20 @@ from sphinx.addnodes import pending_xref
 PACKAGE = "diffusionbook"
 API_PAGE = "book/api"
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
+NAMES_MODULE = re.compile(r"^#\| (?:default_exp|export) (\w+)", re.MULTILINE)
 
 
 def modules(book):
-    """Map each exported module's name to its notebook, in the order of the chapters."""
+    """Map each exported module's name to its notebooks, in the order of the chapters.
+
+    A chapter with `#| default_exp name` begins a module; a later one adds cells to it with `#| export name`.
+    """
     found = {}
     for path in sorted(Path(book).glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-        if name := re.search(r"^#\| default_exp (\w+)", code, re.MULTILINE):
-            found[name[1]] = path
+        for name in dict.fromkeys(NAMES_MODULE.findall(code)):
+            found.setdefault(name, []).append(path)
     return found
 
 
@@ -71,9 +75,10 @@ def mark_exported_cells(app, doctree):
                 break
             literal[:] = [nodes.Text(code)]
             literal.rawsource = code
-            if module and re.search(r"#\| export", directives):
+            export = re.search(r"#\| export *(\w*)", directives)
+            if export and (target := export[1] or module):
                 source["classes"].append("exported")
-                source += sign(app, module, code)
+                source += sign(app, target, code)
         if not cell.children:
             cell.parent.remove(cell)
 
@@ -83,9 +88,10 @@ def write_api_page(app, docname, source):
     if docname != API_PAGE:
         return
     sections = []
-    for name, notebook in modules(Path(app.srcdir) / "book").items():
-        page = f"book/{notebook.stem}"
-        chapter = f", built in {{doc}}`/{page}`" if page in app.env.found_docs else ""
+    for name, notebooks in modules(Path(app.srcdir) / "book").items():
+        pages = [f"book/{notebook.stem}" for notebook in notebooks]
+        links = " and ".join(f"{{doc}}`/{page}`" for page in pages if page in app.env.found_docs)
+        chapter = f", built in {links}" if links else ""
         sections.append(
             f"(api-{name})=\n## {name}\n\n`{PACKAGE}.{name}`{chapter}.\n\n"
             f"```{{eval-rst}}\n.. automodule:: {PACKAGE}.{name}\n   :members:\n   :undoc-members:\n```\n")

@@ -95,8 +95,9 @@ def test_exported_cells_carry_a_sign_and_no_directive(root, book, pages, chapter
         exported = [cell for cell in cells if "".join(cell["source"]).startswith("#| export")]
         signs = page.select("div.cell_input.exported > p.exported-to")
         assert exported and len(signs) == len(exported)
-        module = re.search(r"#\| default_exp (\w+)", "".join("".join(cell["source"]) for cell in cells))[1]
+        default = re.search(r"#\| default_exp (\w+)", "".join("".join(cell["source"]) for cell in cells))
         for cell, sign in zip(exported, signs, strict=True):
+            module = re.match(r"#\| export *(\w*)", "".join(cell["source"]))[1] or default[1]
             assert sign.get_text() == f"exported to diffusionbook.{module}"
             target = first_public_name("".join(cell["source"]))
             anchor = f"diffusionbook.{module}.{target}" if target else f"api-{module}"

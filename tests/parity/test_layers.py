@@ -61,6 +61,17 @@ def test_residual_block(out, time_width, eps):
     assert_same(ours, theirs, torch.randn(2, 16, 6, 10), time)
 
 
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("resample", ["up", "down", None])
+@pytest.mark.parametrize("out", [16, 24])
+def test_residual_block_of_guided_diffusion(scale_shift, resample, out):
+    theirs = resnet.ResnetBlock2D(in_channels=16, out_channels=out, temb_channels=20, groups=8, eps=1e-5,
+                                  time_embedding_norm="scale_shift" if scale_shift else "default",
+                                  up=resample == "up", down=resample == "down")
+    ours = ResidualBlock(16, out, time_width=20, groups=8, scale_shift=scale_shift, resample=resample)
+    assert_same(ours, theirs, torch.randn(2, 16, 6, 10), torch.randn(2, 20))
+
+
 @pytest.mark.parametrize("context_width", [None, 10])
 @pytest.mark.parametrize("bias", [True, False])
 def test_attention(context_width, bias):
@@ -74,6 +85,18 @@ def test_attention_block(heads):
     theirs = attention_processor.Attention(16, heads=heads, dim_head=16 // heads, bias=True, norm_num_groups=8,
                                            eps=1e-6, residual_connection=True, _from_deprecated_attn_block=True)
     assert_same(AttentionBlock(16, heads=heads, groups=8), theirs, torch.randn(2, 16, 6, 10))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_block_with_added_words(masked):
+    theirs = attention_processor.Attention(16, cross_attention_dim=16, heads=4, dim_head=4, added_kv_proj_dim=10,
+                                           norm_num_groups=8, bias=True, upcast_softmax=True,
+                                           processor=attention_processor.AttnAddedKVProcessor2_0())
+    ours = AttentionBlock(16, heads=4, context_width=10, groups=8, eps=1e-5)
+    x, words = torch.randn(2, 16, 3, 5), torch.randn(2, 7, 10)
+    mask = torch.rand(2, 7) < 0.5 if masked else None
+    bias = (1 - mask.float())[:, None] * -10000.0 if masked else None  # what their pipelines make of a mask
+    assert_same(ours, theirs, x, words, mask, their_inputs=(x, words, bias))
 
 
 def test_feed_forward():

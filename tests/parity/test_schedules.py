@@ -80,5 +80,54 @@ def test_same_posterior(config):
     for t in (1, 2, 500, 999):
         step = theirs.step(x0, t, x_t, generator=torch.Generator().manual_seed(1)).prev_sample
         noise = torch.randn(x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        expected = ours.posterior_mean(x0, x_t, t) + ours.posterior_variance[t].sqrt() * noise
+        expected = ours.posterior_mean(x0, x_t, t, t - 1) + ours.posterior_variance(t, t - 1).sqrt() * noise
         torch.testing.assert_close(step, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1000, 10])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_same_flow(shift, steps, tmp_path):
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
+    theirs.save_pretrained(tmp_path)
+    ours = NoiseSchedule.from_config(json.loads((tmp_path / "scheduler_config.json").read_text()))
+    t = torch.arange(steps).flip(0)
+    torch.testing.assert_close(ours.sigma(t), theirs.sigmas.float(), rtol=1e-6, atol=1e-7)
+    x0, noise = torch.randn(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    at = torch.tensor([0, 2, steps - 1])  # theirs count from the noisy end
+    x_t = theirs.scale_noise(x0, theirs.timesteps[steps - 1 - at], noise)
+    torch.testing.assert_close(ours.add_noise(x0, noise, at), x_t, rtol=1e-5, atol=1e-6)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(ours.to_config()))
+    again = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.sigmas, theirs.sigmas, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_same_posterior_between_distant_steps(spacing):
+    """Respaced sampling: the posterior of a jump over many steps, at every jump of the way."""
+    theirs = diffusers.DDPMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing=spacing)
+    ours = NoiseSchedule.linear()
+    theirs.alphas_cumprod = ours.alpha_bar
+    theirs.set_timesteps(50)
+    x0, x_t = torch.randn(2, 1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for t in theirs.timesteps.tolist():
+        t_next = t - 20
+        step = theirs.step(x0, t, x_t, generator=torch.Generator().manual_seed(1)).prev_sample
+        noise = torch.randn(x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        if t_next < 0:
+            t_next = None
+            noise *= 0 if t == 0 else 1e-10  # they clamp the variance at 1e-20
+        spread = 1 if t_next is None else ours.posterior_variance(t, t_next).sqrt()
+        expected = ours.posterior_mean(x0, x_t, t, t_next) + spread * noise
+        torch.testing.assert_close(step, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=lambda c: c["beta_schedule"])
+def test_same_time_of_a_noise_level(config):
+    """Between two steps diffusers finds times by the logarithm of sigma / alpha, from a float32 table."""
+    ours, theirs = NoiseSchedule.from_config(config), diffusers.EulerDiscreteScheduler(**config)
+    levels = ((1 - theirs.alphas_cumprod) / theirs.alphas_cumprod).sqrt().double().log().numpy()
+    for t in (0.3, 17.5, 500.25, 990.75):
+        log_snr = 2 * (ours.alpha(t) / ours.sigma(t)).log().item()
+        assert ours.time_of(log_snr).item() == pytest.approx(t, abs=1e-6)
+        theirs_t = theirs._sigma_to_t(torch.tensor(-log_snr / 2).exp().numpy(), levels)
+        assert float(theirs_t) == pytest.approx(t, abs=0.01)

@@ -17,11 +17,14 @@ from diffusionbook.checkpoints import (
     OLD_TRANSFORMERS,
     Model,
     check_keys,
+    from_guided_diffusion,
+    guided_diffusion_names,
     locate,
     read_json,
     read_tensors,
     rename,
     sha256,
+    to_guided_diffusion,
     verify,
     write_atomically,
 )
@@ -345,3 +348,61 @@ def test_config_is_json_with_the_weights_format_marked(saved):
     _, folder = saved
     assert json.loads((folder / "config.json").read_text()) == {"width": 3}
     assert b'"format":"pt"' in (folder / WEIGHTS).read_bytes()[:400]  # transformers insists on it
+
+
+# Guided diffusion's way of naming a U-Net
+
+
+def test_where_stable_diffusions_single_files_keep_their_blocks():
+    """The numbers that the files of Stable Diffusion 1.x have: two layers a level, attention on all but the last."""
+    expected = {
+        "conv_in.weight": "input_blocks.0.0.weight",
+        "time_embedding.linear_2.bias": "time_embed.2.bias",
+        "down_blocks.0.resnets.1.conv1.weight": "input_blocks.2.0.in_layers.2.weight",
+        "down_blocks.0.attentions.1.proj_in.weight": "input_blocks.2.1.proj_in.weight",
+        "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.weight":
+            "input_blocks.2.1.transformer_blocks.0.attn1.to_q.weight",
+        "down_blocks.0.downsamplers.0.conv.bias": "input_blocks.3.0.op.bias",
+        "down_blocks.2.downsamplers.0.conv.bias": "input_blocks.9.0.op.bias",
+        "down_blocks.3.resnets.1.time_emb_proj.bias": "input_blocks.11.0.emb_layers.1.bias",
+        "mid_block.attentions.0.norm.weight": "middle_block.1.norm.weight",
+        "mid_block.resnets.1.conv2.bias": "middle_block.2.out_layers.3.bias",
+        "up_blocks.0.upsamplers.0.conv.bias": "output_blocks.2.1.conv.bias",
+        "up_blocks.1.attentions.2.norm.bias": "output_blocks.5.1.norm.bias",
+        "up_blocks.1.upsamplers.0.conv.bias": "output_blocks.5.2.conv.bias",
+        "up_blocks.3.resnets.2.conv_shortcut.weight": "output_blocks.11.0.skip_connection.weight",
+        "conv_norm_out.bias": "out.0.bias",
+        "conv_out.bias": "out.2.bias",
+    }
+    assert guided_diffusion_names(expected) == {ours: (theirs, 0, 1) for ours, theirs in expected.items()}
+
+
+ATTENTION = "mid_block.attentions.0."
+
+
+def attention_tensors():
+    """A state dict with one attention, of two heads of two channels, whose numbers tell where they belong."""
+    state = {"down_blocks.0.resnets.0.norm1.bias": torch.zeros(1)}
+    for i, part in enumerate(("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out.0")):
+        state[f"{ATTENTION}{part}.weight"] = 100.0 * i + 10 * torch.arange(4.0)[:, None] + torch.arange(4.0)
+        state[f"{ATTENTION}{part}.bias"] = 100.0 * i + torch.arange(4.0)
+    return state
+
+
+@pytest.mark.parametrize("head_width, rows", [
+    (2, [0, 1, 100, 101, 200, 201, 2, 3, 102, 103, 202, 203]),  # q, k, v of head 0, then those of head 1
+    (None, [0, 1, 2, 3, 100, 101, 102, 103, 200, 201, 202, 203]),  # all of q, then of k, then of v
+])
+def test_queries_keys_and_values_are_stacked_in_either_order(head_width, rows):
+    state = dict(sorted(attention_tensors().items()))  # a file's order must not matter
+    theirs = to_guided_diffusion(state, head_width=head_width)
+    assert theirs["middle_block.1.qkv.bias"].tolist() == rows
+    assert theirs["middle_block.1.qkv.weight"].shape == (12, 4, 1)
+    assert theirs["middle_block.1.encoder_kv.weight"].shape == (8, 4, 1)
+    assert theirs["middle_block.1.proj_out.weight"].shape == (4, 4, 1)
+    if head_width:
+        assert theirs["middle_block.1.encoder_kv.bias"].tolist() == [300, 301, 400, 401, 302, 303, 402, 403]
+    back = from_guided_diffusion(theirs, state, head_width=head_width)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+    with pytest.raises(ValueError, match=r"missing 'middle_block.1.qkv.bias'; nearest there: \S+"):
+        from_guided_diffusion({k: v for k, v in theirs.items() if k != "middle_block.1.qkv.bias"}, state, head_width=2)

@@ -63,7 +63,7 @@ def test_every_sampler_step_with_guidance(sampler, prediction):
     x, context = unet_inputs(model.config)
     denoise = classifier_free(Denoiser(model, NoiseSchedule.cosine(), prediction, Condition(context=context)),
                               Condition(context=torch.empty_like(context)), scale=5.0)
-    states = list(SAMPLERS[sampler](denoise, x, timesteps(1000, 4)))
+    states = list(SAMPLERS[sampler](denoise, x, timesteps(denoise.schedule, 4)))
     assert len(states) == 4
     for state, answer in states:
         assert state.device == answer.x0.device == answer.eps.device == META and state.shape == x.shape

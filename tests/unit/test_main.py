@@ -3,10 +3,13 @@
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffusionbook.__main__ import main
 from diffusionbook.data import image_grid
@@ -127,7 +130,7 @@ def test_a_folder_without_permission(run, model, tmp_path, monkeypatch):
     (["--steps", "many"], "--steps"),
     (["--grid", 0], "1"),
     (["--grid", -2], "1"),
-    (["--sampler", "euler"], "ddim"),
+    (["--sampler", "oiler"], "ddim"),
     (["--guidance", "nan"], "finite"),
     (["--guidance", "1e38"], "NaN"),
     (["--seed", "one"], "--seed"),
@@ -156,3 +159,66 @@ def test_python_dash_m(model, tmp_path):
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.count("\n") == 1 and "no model named 'no such model'" in found.stderr
+
+
+# --- train -------------------------------------------------------------------------------------
+RECIPE = """
+data = {name = "digits", count = 20, size = 8, classes = ["digit"]}
+network = {channels = [8, 8], attention = ["", "self"], heads = [1, 1], layers_per_block = 1, in_channels = 1, \
+out_channels = 1, groups = 4, sample_size = 8, context_width = 0}
+schedule = {name = "linear"}
+loss = {prediction = "epsilon", drop = 0.1}
+train = {steps = 4, lr = 1e-3, batch = 4, every = 2}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_recipe_is_trained_in_parts(run, recipe, tmp_path):
+    code, out, err = run("train", recipe, "--steps", 2, "--device", "cpu")
+    folder = tmp_path / "runs" / "tiny"
+    assert code == 0 and out == f"{Path('runs') / 'tiny'}\n" and "2/2" in err
+    assert {"log.jsonl", "state.pt", "unet", "scheduler", "classes.json"} <= {path.name for path in folder.iterdir()}
+    code, out, err = run("train", recipe, "--device", "cpu")
+    assert code == 0 and "4/4" in err
+    assert (folder / "log.jsonl").read_text().count("\n") == 2
+
+
+def test_weights_ship_under_a_name(run, recipe, tmp_path, monkeypatch):
+    import diffusionbook.__main__ as command
+    from diffusionbook.training import load_denoiser
+
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "package" / "__main__.py"))
+    shipped = tmp_path / "package" / "weights" / "tiny"
+    code, out, _ = run("train", recipe, "--device", "cpu", "--folder", tmp_path / "run", "--ship", "tiny")
+    assert code == 0 and out == f"{shipped}\n"
+    (ours, classes), (theirs, _) = load_denoiser(tmp_path / "run"), load_denoiser(shipped)
+    assert classes == list("0123456789") and not (shipped / "state.pt").exists()
+    for name, p in ours.network.state_dict().items():
+        assert np.allclose(p, theirs.network.state_dict()[name], rtol=1e-3, atol=1e-6)  # half precision
+    assert load_file(shipped / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--steps", 0], ["steps must be at least 1"]),
+    (["--steps", "many"], ["--steps"]),
+    (["--device", "gpu"], ["no device 'gpu' here", "--device"]),
+    (["--device", "cuda:99"], ["no device 'cuda:99' here"]),
+    (["--ship", "../elsewhere"], ["--ship", "plain name"]),
+])
+def test_training_that_cannot_be(run, recipe, tmp_path, options, words):
+    refused(run("train", recipe, *options), *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_that_is_none(run, recipe, tmp_path):
+    refused(run("train", tmp_path / "nowhere.toml"), "no recipe at", "nowhere.toml")
+    recipe.write_text("steps = 3")
+    refused(run("train", recipe), "tiny.toml", "tables")
+    refused(run("train"), "recipe")

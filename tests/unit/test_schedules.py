@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from diffusionbook.schedules import (
     NoiseSchedule,
     betas_from_alpha_bar,
+    flow_levels,
     linear_betas,
     rescale_zero_terminal_snr,
 )
@@ -85,13 +86,7 @@ def test_linear_is_linspace():
 @given(name=st.sampled_from(NAMES), steps=st.integers(1, 3000))
 def test_alpha_bar_falls_and_betas_are_variances(name, steps):
     schedule = named(name, steps)
-    assert (
-        schedule.steps
-        == steps
-        == len(schedule.snr)
-        == len(schedule.log_snr)
-        == len(schedule.posterior_variance)
-    )
+    assert schedule.steps == steps == len(schedule.snr) == len(schedule.log_snr)
     assert torch.all((schedule.betas > 0) & (schedule.betas < 1))
     assert torch.all(schedule.alpha_bar[1:] < schedule.alpha_bar[:-1])
     assert schedule.alpha_bar[0] < 1 and schedule.alpha_bar[-1] > 0
@@ -185,43 +180,136 @@ def test_velocity_gives_back_picture_and_noise(name, t, seed):
     torch.testing.assert_close(alpha * v + sigma * x_t, noise)
 
 
-def test_posterior_is_bayes_rule_by_brute_force():
-    """q(x_{t-1} | x_t, x_0) from a fine grid over x_{t-1}, without any formula for the posterior."""
-    schedule = NoiseSchedule.linear(10, beta_min=0.05, beta_max=0.4)
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(10, beta_min=0.05, beta_max=0.4), NoiseSchedule.flow(10),
+                                      NoiseSchedule.cosine(10).zero_terminal_snr()], ids=repr)
+@pytest.mark.parametrize("jump", [1, 2.5, 5])
+def test_posterior_is_bayes_rule_by_brute_force(schedule, jump):
+    """q(x_s | x_t, x_0) from a fine grid over x_s, without any formula for the posterior."""
     x0, x_t, grid = 0.7, -0.3, torch.linspace(-8, 8, 40_001, dtype=torch.float64)
-    for t in range(1, 10):
-        before, beta = schedule.alpha_bar[t - 1], schedule.betas[t]
-        log_prior = -((grid - before.sqrt() * x0) ** 2) / (2 * (1 - before))  # q(x_{t-1} | x_0)
-        log_step = -((x_t - (1 - beta).sqrt() * grid) ** 2) / (2 * beta)  # q(x_t | x_{t-1})
+    for t in range(math.ceil(jump), 10):
+        s = t - jump
+        shrink = schedule.alpha(t) / schedule.alpha(s)
+        added = schedule.sigma(t) ** 2 - shrink**2 * schedule.sigma(s) ** 2
+        log_prior = -((grid - schedule.alpha(s) * x0) ** 2) / (2 * schedule.sigma(s) ** 2)  # q(x_s | x_0)
+        log_step = -((x_t - shrink * grid) ** 2) / (2 * added)  # q(x_t | x_s)
         density = torch.softmax(log_prior + log_step, 0)
         mean = (density * grid).sum()
         variance = (density * (grid - mean) ** 2).sum()
-        ours = schedule.posterior_mean(*(torch.tensor([v], dtype=torch.float64) for v in (x0, x_t)), t)
+        ours = schedule.posterior_mean(*(torch.tensor([v], dtype=torch.float64) for v in (x0, x_t)), t, s)
         torch.testing.assert_close(ours, mean[None], rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(schedule.posterior_variance[t], variance, rtol=1e-8, atol=0)
+        torch.testing.assert_close(schedule.posterior_variance(t, s), variance, rtol=1e-8, atol=0)
+        torch.testing.assert_close(schedule.step_variance(t, s), added, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("silent", [False, True])
-def test_posterior_ends(name, silent):
+def test_posterior_between_neighbours_is_equation_7_of_ddpm(name, silent):
     schedule = named(name).zero_terminal_snr() if silent else named(name)
-    assert schedule.posterior_variance[0] == 0
-    assert torch.all((schedule.posterior_variance >= 0) & (schedule.posterior_variance < schedule.betas))
-    x0, x_t = torch.randn(2, 1000, 3, dtype=torch.float64)
-    mean = schedule.posterior_mean(x0, x_t, torch.arange(1000))
-    torch.testing.assert_close(mean[0], x0[0], rtol=1e-9, atol=1e-9)
-    assert torch.isfinite(mean).all()
+    t, one, zero = torch.arange(1, 1000, dtype=torch.float64), torch.ones(999).double(), torch.zeros(999).double()
+    before, left = schedule.alpha_bar[:-1], 1 - schedule.alpha_bar[1:]
+    betas, alphas = schedule.betas[1:], schedule.alphas[1:]
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(schedule.posterior_mean(one, zero, t, t - 1), before.sqrt() * betas / left, **close)
+    torch.testing.assert_close(schedule.posterior_mean(zero, one, t, t - 1), alphas.sqrt() * (1 - before) / left,
+                               **close)
+    torch.testing.assert_close(schedule.posterior_variance(t, t - 1), (1 - before) / left * betas, **close)
+    torch.testing.assert_close(schedule.step_variance(t, t - 1), betas, **close)
+    assert torch.all(schedule.posterior_variance(t, t - 1) < schedule.step_variance(t, t - 1))
 
 
-def test_posterior_of_the_chain_keeps_the_marginal():
-    """One step of noise and one posterior step back land on q(x_{t-1} | x_0) again."""
-    schedule = NoiseSchedule.cosine(40)
+@pytest.mark.parametrize("schedule", [NoiseSchedule.cosine(), NoiseSchedule.flow(), NoiseSchedule.linear(1)], ids=repr)
+def test_the_step_to_the_clean_picture(schedule):
+    x0, x_t = torch.randn(2, 3, 5, dtype=torch.float64)
+    first, last = torch.zeros(3, dtype=torch.long), schedule.steps - 1
+    for t, t_next in [(0, None), (0, -1), (last, None), (first, first - 1), (last / 2, None)]:
+        torch.testing.assert_close(schedule.posterior_mean(x0, x_t, t, t_next), x0, rtol=1e-12, atol=1e-12)
+        assert (schedule.posterior_variance(t, t_next) == 0).all()
+        torch.testing.assert_close(schedule.step_variance(t, t_next), schedule.sigma(t) ** 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.sampled_from([*NAMES, "flow"]), ends=st.lists(st.floats(0, 39), min_size=2, max_size=2, unique=True),
+       silent=st.booleans())
+def test_a_posterior_step_keeps_the_marginal(name, ends, silent):
+    """Noise up to t and a posterior step back to any earlier s land on q(x_s | x_0) again."""
+    schedule = named(name, 40).zero_terminal_snr() if silent else named(name, 40)
+    s, t = sorted(ends)
+    if schedule.alpha(s) == schedule.alpha(t):
+        return  # closer than floating-point numbers can say
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for t in range(1, 40):
-        on_x0, on_x_t = schedule.posterior_mean(one, zero, t), schedule.posterior_mean(zero, one, t)
-        torch.testing.assert_close(on_x0 + on_x_t * schedule.alpha(t), schedule.alpha(t - 1)[None])
-        variance = on_x_t**2 * schedule.sigma(t) ** 2 + schedule.posterior_variance[t]
-        torch.testing.assert_close(variance, schedule.sigma(t - 1)[None] ** 2)
+    on_x0, on_x_t = schedule.posterior_mean(one, zero, t, s), schedule.posterior_mean(zero, one, t, s)
+    torch.testing.assert_close(on_x0 + on_x_t * schedule.alpha(t), schedule.alpha(s)[None])
+    variance = on_x_t**2 * schedule.sigma(t) ** 2 + schedule.posterior_variance(t, s)
+    torch.testing.assert_close(variance, schedule.sigma(s)[None] ** 2)
+
+
+def test_two_jumps_up_are_one():
+    """Noise variances of (10 -> 30) and (30 -> 70), the first shrunk on the way, add up to (10 -> 70)."""
+    for schedule in (NoiseSchedule.linear(100), NoiseSchedule.flow(100, shift=2)):
+        shrink = schedule.alpha(70) / schedule.alpha(30)
+        total = shrink**2 * schedule.step_variance(30, 10) + schedule.step_variance(70, 30)
+        torch.testing.assert_close(schedule.step_variance(70, 10), total)
+
+
+# Flow matching
+
+
+@pytest.mark.parametrize("shift", [1, 0.1, 3.0])
+def test_flow_is_a_straight_line(shift):
+    schedule = NoiseSchedule.flow(50, shift=shift)
+    t = torch.tensor([0, 0.5, 17.25, 48.9, 49], dtype=torch.float64)
+    s = (t + 1) / 50
+    s = shift * s / (shift * s + (1 - s))
+    torch.testing.assert_close(schedule.sigma(t), s, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(schedule.alpha(t), 1 - s, rtol=1e-12, atol=1e-15)
+    assert schedule.alpha(49) == 0 and schedule.sigma(49) == 1 and schedule.betas[-1] == 1
+    x0, noise = torch.randn(2, 5, 3, dtype=torch.float64)
+    expected = (1 - s)[:, None] * x0 + s[:, None] * noise
+    torch.testing.assert_close(schedule.add_noise(x0, noise, t), expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(steps=st.integers(1, 2000), shift=st.floats(0.01, 100))
+def test_the_tables_of_a_flow_are_shares(steps, shift):
+    schedule = NoiseSchedule.flow(steps, shift=shift)
+    t = torch.arange(steps, dtype=torch.float64)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    assert torch.all((schedule.betas > 0) & (schedule.betas <= 1)) and schedule.steps == steps
+    torch.testing.assert_close(schedule.alpha_bar, alpha**2 / (alpha**2 + sigma**2), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(schedule.snr, (alpha / sigma) ** 2, rtol=1e-5, atol=1e-12)
+    assert schedule.snr[-1] == 0 and schedule.zero_terminal_snr() is schedule
+
+
+def test_shift_multiplies_the_noise_to_signal_ratio():
+    plain, shifted = NoiseSchedule.flow(), NoiseSchedule.flow(shift=3)
+    difference = plain.log_snr[:-1] - shifted.log_snr[:-1]
+    torch.testing.assert_close(difference, torch.full((999,), 2 * math.log(3)).double(), rtol=1e-6, atol=0)
+
+
+def test_flow_levels():
+    assert flow_levels(4).tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert flow_levels(2, shift=3).tolist() == [0.75, 1.0]
+
+
+# From log-SNR back to time
+
+
+@settings(deadline=None, max_examples=100)
+@given(name=st.sampled_from([*NAMES, "flow"]), steps=st.integers(2, 1500), part=st.floats(0, 1), silent=st.booleans())
+def test_time_of_is_the_inverse_of_log_snr(name, steps, part, silent):
+    schedule = named(name, steps).zero_terminal_snr() if silent else named(name, steps)
+    t = part * (steps - 1)
+    log_snr = 2 * (schedule.alpha(t) / schedule.sigma(t)).log()
+    assert schedule.time_of(log_snr).item() == pytest.approx(t, abs=1e-6)
+
+
+def test_time_of_ends_and_shapes():
+    for schedule in (NoiseSchedule.cosine(20), NoiseSchedule.flow(20, shift=2), NoiseSchedule.linear(1),
+                     NoiseSchedule.linear(20).zero_terminal_snr()):
+        far = torch.tensor([math.inf, 100.0, -100.0, -math.inf])
+        last = schedule.steps - 1
+        torch.testing.assert_close(schedule.time_of(far), torch.tensor([0.0, 0, last, last]).double())
+        assert schedule.time_of(0).shape == () and schedule.time_of(0).dtype == torch.float64
 
 
 # Devices and dtypes
@@ -265,12 +353,13 @@ def test_meta_device(t):
     schedule = NoiseSchedule.cosine()
     x0 = torch.empty(2, 3, 8, 8, device="meta")
     results = [schedule.add_noise(x0, x0, t), schedule.velocity(x0, x0, t)]
-    if not isinstance(t, float):
-        results.append(schedule.posterior_mean(x0, x0, t))
+    results.append(schedule.posterior_mean(x0, x0, t, t - 1))
     for result in results:
         assert result.is_meta and result.shape == x0.shape and result.dtype == x0.dtype
     if isinstance(t, torch.Tensor):
         assert schedule.alpha(t).device == t.device and schedule.alpha(t).shape == t.shape
+        assert schedule.posterior_variance(t, t - 1).device == t.device
+        assert NoiseSchedule.flow().step_variance(t, t - 1).shape == t.shape
 
 
 @pytest.mark.gpu
@@ -278,10 +367,13 @@ def test_meta_device(t):
 def test_cuda_gives_the_same_as_the_cpu():
     schedule = NoiseSchedule.linear()
     x0, noise, t = *torch.randn(2, 4, 3, 8, 8), torch.tensor([0, 1, 500, 999])
-    for method in (schedule.add_noise, schedule.velocity, schedule.posterior_mean):
+    for method in (schedule.add_noise, schedule.velocity):
         here, there = method(x0, noise, t), method(x0.cuda(), noise.cuda(), t.cuda())
         assert there.is_cuda
         torch.testing.assert_close(there.cpu(), here, rtol=1e-6, atol=1e-6)
+    here, there = (schedule.posterior_mean(*(v.to(where) for v in (x0, noise, t, t - 1))) for where in ("cpu", "cuda"))
+    assert there.is_cuda and schedule.posterior_variance(t.cuda(), t.cuda() - 1).is_cuda
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_flow_through_add_noise():
@@ -313,13 +405,15 @@ def test_a_schedule_can_be_pickled_and_copied():
         NoiseSchedule.sigmoid(50, tau=0.7),
         NoiseSchedule.sigmoid_ramp(64),
         NoiseSchedule.from_betas([0.1, 0.2, 0.5]),
+        NoiseSchedule.flow(30, shift=2.5),
     ],
     ids=repr,
 )
 def test_config_survives_json(schedule, silent):
     schedule = schedule.zero_terminal_snr() if silent else schedule
     config = json.loads(json.dumps(schedule.to_config()))
-    assert config["rescale_betas_zero_snr"] is silent and config["num_train_timesteps"] == schedule.steps
+    assert schedule.shift or config["rescale_betas_zero_snr"] is silent
+    assert config["num_train_timesteps"] == schedule.steps and config.get("shift") == schedule.shift
     again = NoiseSchedule.from_config(config)
     assert torch.equal(again.betas, schedule.betas) and again.to_config() == schedule.to_config()
 
@@ -382,6 +476,10 @@ def test_bad_number_of_steps(name, steps):
         ),
         (lambda: betas_from_alpha_bar(torch.tensor([1.0, 0.5]), max_beta=0), "max_beta must lie"),
         (lambda: linear_betas(0), "steps must be"),
+        (lambda: flow_levels(0), "steps must be"),
+        (lambda: NoiseSchedule.flow(shift=0), "shift must be"),
+        (lambda: NoiseSchedule.flow(shift=math.inf), "shift must be"),
+        (lambda: NoiseSchedule.from_config({"shift": 1.0, "use_dynamic_shifting": True}), "depends on the picture"),
     ],
 )
 def test_bad_recipes(make, message):
@@ -426,5 +524,20 @@ def test_bad_pictures():
         schedule.add_noise(x0 + math.nan, x0, 5)
     with pytest.raises(ValueError, match="NaN or infinity"):
         schedule.velocity(x0, x0 + math.inf, 5)
-    with pytest.raises(ValueError, match="whole steps"):
-        schedule.posterior_mean(x0, x0, 5.5)
+
+
+@pytest.mark.parametrize(("t", "t_next"), [(5, 5), (5, 6), (5, 5.01), (torch.tensor([5, 9]), torch.tensor([4, 9])),
+                                           (torch.tensor([5, 9]), 7)])
+def test_posterior_goes_back_in_time_only(t, t_next):
+    schedule, x0 = NoiseSchedule.linear(10), torch.zeros(2, 3)
+    for call in (lambda: schedule.posterior_mean(x0, x0, t, t_next), lambda: schedule.posterior_variance(t, t_next),
+                 lambda: schedule.step_variance(t, t_next)):
+        with pytest.raises(ValueError, match="t_next must lie below t"):
+            call()
+
+
+@pytest.mark.parametrize("t_next", [-2, -0.5, math.nan])
+def test_next_time_out_of_range(t_next):
+    for schedule in (NoiseSchedule.linear(10), NoiseSchedule.flow(10)):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 9\].*-1 is the clean picture"):
+            schedule.posterior_variance(5, t_next)

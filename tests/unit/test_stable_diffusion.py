@@ -78,7 +78,7 @@ def test_a_call_is_encode_sample_decode(tiny):
         return type(yes)(no.x0 + 3 * (yes.x0 - no.x0), no.eps + 3 * (yes.eps - no.eps))
 
     guided.schedule = tiny.schedule
-    *_, (x, _) = dpmpp_2m(guided, starting_noise((1, 4, 8, 8), seed=5), timesteps(1000, 4))
+    *_, (x, _) = dpmpp_2m(guided, starting_noise((1, 4, 8, 8), seed=5), timesteps(tiny.schedule, 4))
     expected = tiny.vae.decode(x).clamp(-1, 1)
     found = tiny(CAPTION, seed=5, guidance=3.0, output="tensor", **FAST)
     assert torch.allclose(found, expected, atol=1e-4)
@@ -118,7 +118,7 @@ def test_size_is_height_and_width(tiny):
     ({"output": "numpy"}, 'output "pil" or "tensor"'),
     ({"steps": 0}, "1…1000"),
     ({"steps": 1001}, "1…1000"),
-    ({"sampler": "euler"}, "ddim, dpmpp_2m"),
+    ({"sampler": "eluer"}, "ddim, euler"),
     ({"guidance": float("nan")}, "finite"),
     ({"latents": torch.zeros(1, 4, 4, 4)}, r"\(1, 4, 8, 8\), got \(1, 4, 4, 4\)"),
 ])

@@ -1,80 +1,113 @@
-"""Chapter 08: the training loop, against hand computation and against itself."""
+"""The loop: the average, the rate, resuming after the worst, and finding what went wrong."""
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import StackDataset
 
-from diffusionbook.training import EMA, fit, warmup_cosine
+from diffusionbook.data import emoji
+from diffusionbook.denoising import Denoiser, min_snr
+from diffusionbook.schedules import NoiseSchedule
+from diffusionbook.training import (
+    DIGIT_FONTS,
+    EMA,
+    DenoisingLoss,
+    add_gradients,
+    balanced_weights,
+    digits,
+    first_bad_module,
+    generator_for,
+    load_denoiser,
+    mean_loss,
+    read_recipe,
+    run_recipe,
+    save_denoiser,
+    train,
+    warmup_cosine,
+)
+from diffusionbook.unet import UNet, UNetConfig
+
+TINY = {"channels": (8, 8), "attention": (None, "self"), "heads": (1, 1), "layers_per_block": 1, "in_channels": 1,
+        "out_channels": 1, "context_width": None, "groups": 4, "sample_size": 8}
 
 
 class Line(nn.Module):
+    """y = w x + b with the same start every time."""
+
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
         self.layer = nn.Linear(2, 1)
+        nn.init.constant_(self.layer.weight, 0.3)
+        nn.init.zeros_(self.layer.bias)
 
     def forward(self, x):
         return self.layer(x)
 
 
-def line_loss(model):
-    """Noisy points on y = 3 a - b + 1/2; all chance comes from the generator."""
-    def loss(generator):
-        x = torch.randn(8, 2, generator=generator)
-        y = 3 * x[:, :1] - x[:, 1:] + 0.5 + 0.1 * torch.randn(8, 1, generator=generator)
-        return (model(x) - y).square().mean(), {"spread": x.std().item()}
-    return loss
+POINTS = torch.randn(200, 2, generator=torch.Generator().manual_seed(7))
 
 
-def run(folder=None, *, model=None, steps=30, **options):
-    model = model or Line()
-    average = fit(model, options.pop("loss", None) or line_loss(model), steps=steps, lr=0.05, folder=folder,
-                  progress=False, **{"warmup": 5, "every": 10, **options})
-    return model, average
+def line_loss(net, x, generator):
+    """Noisy points on y = 3 a - b + 1/2."""
+    y = 3 * x[:, :1] - x[:, 1:] + 0.5 + 0.1 * torch.randn(len(x), 1, generator=generator)
+    return (net(x) - y).square().mean(), {"spread": x.std().item()}
+
+
+def run(folder=None, *, net=None, loss=line_loss, steps=30, **options):
+    net = net or Line()
+    average = train(net, POINTS, loss, steps=steps, lr=0.05, folder=folder, progress=False,
+                    **{"warmup": 5, "every": 10, "batch": 8, **options})
+    return net, average
 
 
 def same(a, b):
     return all(torch.equal(a[key], b[key]) for key in a) and a.keys() == b.keys()
 
 
+def log(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+# --- the average and the rate ------------------------------------------------------------------
 def test_ema_by_hand():
-    model = nn.Linear(1, 1, bias=False)
-    model.weight.data.fill_(1.0)
-    average = EMA(model, decay=0.2)
-    model.weight.data.fill_(2.0)
-    average.update(model)  # decay (1 + 0) / (10 + 0) = 0.1
+    net = nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(1.0)
+    average = EMA(net, decay=0.2)
+    net.weight.data.fill_(2.0)
+    average.update(net)  # decay (1 + 0) / (10 + 0) = 0.1
     assert average.weights["weight"].item() == pytest.approx(0.1 * 1 + 0.9 * 2)
-    model.weight.data.fill_(4.0)
-    average.update(model)  # decay 2 / 11
+    net.weight.data.fill_(4.0)
+    average.update(net)  # decay 2 / 11
     assert average.weights["weight"].item() == pytest.approx(2 / 11 * 1.9 + 9 / 11 * 4)
     before = average.weights["weight"].item()
-    model.weight.data.fill_(0.0)
-    average.update(model)  # 3 / 12 is more than 0.2, which holds from here on
+    net.weight.data.fill_(0.0)
+    average.update(net)  # 3 / 12 is more than 0.2, which holds from here on
     assert average.weights["weight"].item() == pytest.approx(0.2 * before)
 
 
 def test_swap_exchanges_and_exchanges_back():
-    model = nn.Linear(2, 2)
-    average = EMA(model)
-    kept = {key: p.clone() for key, p in model.state_dict().items()}
+    net = nn.Linear(2, 2)
+    average = EMA(net)
+    kept = {key: p.clone() for key, p in net.state_dict().items()}
     with torch.no_grad():
-        model.weight.add_(1)
-    average.swap(model)
-    assert same(model.state_dict(), kept)
-    average.swap(model)
-    assert torch.equal(model.weight, kept["weight"] + 1) and torch.equal(average.weights["weight"], kept["weight"])
+        net.weight.add_(1)
+    assert torch.equal(average.weights["weight"], kept["weight"]), "the average followed by accident"
+    average.swap(net)
+    assert same(net.state_dict(), kept)
+    average.swap(net)
+    assert torch.equal(net.weight, kept["weight"] + 1) and torch.equal(average.weights["weight"], kept["weight"])
 
 
-def test_the_average_does_not_follow_the_model_by_accident():
-    model = nn.Linear(2, 2)
-    average = EMA(model)
-    before = average.weights["weight"].clone()
-    with torch.no_grad():
-        model.weight.add_(1)
-    assert torch.equal(average.weights["weight"], before)
+@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
+def test_ema_refuses_a_decay(decay):
+    with pytest.raises(ValueError, match="decay"):
+        EMA(Line(), decay=decay)
 
 
 def test_warmup_and_cosine_values():
@@ -87,11 +120,12 @@ def test_warmup_and_cosine_values():
     assert warmup_cosine(3, steps=4, warmup=8) == 0.5
 
 
-def test_fit_learns_the_line():
-    model, average = run(steps=300)
-    assert torch.allclose(model.layer.weight, torch.tensor([[3.0, -1.0]]), atol=0.05)
+# --- the loop ----------------------------------------------------------------------------------
+def test_train_learns_the_line():
+    net, average = run(steps=300)
+    assert torch.allclose(net.layer.weight, torch.tensor([[3.0, -1.0]]), atol=0.05)
     assert torch.allclose(average.weights["layer.weight"], torch.tensor([[3.0, -1.0]]), atol=0.3)
-    assert model.layer.bias.item() == pytest.approx(0.5, abs=0.05)
+    assert net.layer.bias.item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_same_seed_same_weights_other_seed_others():
@@ -99,135 +133,580 @@ def test_same_seed_same_weights_other_seed_others():
     assert same(states[0], states[1]) and not same(states[0], states[2])
 
 
+def test_training_leaves_the_callers_chance_alone():
+    net = Line()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    run(net=net)
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_the_first_step_is_adamw_with_warmup():
     """Adam's first step moves each weight by the learning rate, after weight decay."""
-    model = Line()
-    before = model.layer.weight.detach().clone()
-    fit(model, line_loss(model), steps=1, lr=0.5, warmup=5, weight_decay=0.1, progress=False)
+    net = Line()
+    before = net.layer.weight.detach().clone()
+    train(net, POINTS, line_loss, steps=1, lr=0.5, warmup=5, weight_decay=0.1, progress=False)
     rate = 0.5 / 5
-    step = model.layer.weight - before * (1 - rate * 0.1)
+    step = net.layer.weight - before * (1 - rate * 0.1)
     assert torch.allclose(step.abs(), torch.full_like(step, rate), rtol=1e-4)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole, whole_average = run(tmp_path / "whole", steps=30)
+def test_weights_say_how_often_a_picture_is_drawn():
+    drawn = []
 
-    class Interrupted(Exception):
-        pass
+    def loss(net, x, generator):
+        drawn.extend(x[:, 0].tolist())
+        return net(x).square().mean()
 
-    model, calls = Line(), 0
-    step = line_loss(model)
-
-    def until_step_27(generator):
-        nonlocal calls
-        calls += 1
-        if calls == 27:
-            raise Interrupted
-        return step(generator)
-
-    with pytest.raises(Interrupted):
-        run(tmp_path / "parts", model=model, loss=until_step_27)
-    torch.manual_seed(99)
-    resumed, average = run(tmp_path / "parts", model=Line())
-    assert same(resumed.state_dict(), whole.state_dict())
-    assert same(average.weights, whole_average.weights) and average.updates == whole_average.updates == 30
-    logs = [[json.loads(line) for line in (tmp_path / part / "log.jsonl").read_text().splitlines()]
-            for part in ("whole", "parts")]
-    assert [row["step"] for row in logs[1]] == [10, 20, 30]
-    assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
+    train(Line(), torch.arange(4.0).view(4, 1).expand(4, 2), loss, steps=50, lr=0.01, batch=40, progress=False,
+          weights=torch.tensor([0.0, 1.0, 1.0, 2.0]))
+    share = [drawn.count(value) / len(drawn) for value in range(4)]
+    assert share == pytest.approx([0, 0.25, 0.25, 0.5], abs=0.04)  # 2000 draws: four standard deviations
 
 
-def test_a_finished_run_is_not_run_again(tmp_path):
-    model, average = run(tmp_path)
-    log = (tmp_path / "log.jsonl").read_text()
-    again, average_again = run(tmp_path)
-    assert same(again.state_dict(), model.state_dict()) and same(average_again.weights, average.weights)
-    assert (tmp_path / "log.jsonl").read_text() == log
+def test_balanced_weights():
+    weights = balanced_weights(["cat", "hand", "hand", "hand", "hand"])
+    assert weights.tolist() == [1, 0.5, 0.5, 0.5, 0.5]
 
 
-def test_log_lines_parse_and_count_the_mean_loss(tmp_path):
-    model, losses = Line(), []
-    inner = line_loss(model)
+def test_parts_of_a_batch_give_the_gradient_of_the_whole():
+    def loss(net, x, generator):
+        return (net(x) - x[:, :1] ** 2).square().mean()
 
-    def loss(generator):
-        value, numbers = inner(generator)
-        losses.append(value.item())
-        return value, numbers
-
-    run(tmp_path, model=model, loss=loss, steps=25)
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [10, 20, 25]
-    assert [row["loss"] for row in rows] == pytest.approx(
-        [sum(losses[a:b]) / (b - a) for a, b in ((0, 10), (10, 20), (20, 25))], rel=1e-4)
-    assert all(row.keys() == {"step", "seconds", "loss", "spread"} and row["seconds"] >= 0 for row in rows)
+    gradients = []
+    for accumulate in (1, 2, 8):
+        net = Line()
+        value, _ = add_gradients(net, POINTS, loss, seed=0, step=5, batch=16, accumulate=accumulate)
+        gradients.append(torch.cat([value.view(1), *(p.grad.flatten() for p in net.parameters())]))
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(gradients[0], gradients[2], rtol=1e-5, atol=1e-6)
 
 
-def test_evaluate_sees_the_average_and_training_goes_on_with_the_weights(tmp_path):
-    plain, average = run()
-    model, seen = Line(), []
+def test_bf16_runs_the_network_in_bfloat16_and_keeps_the_weights():
+    seen = []
 
-    def evaluate():
-        seen.append(model.layer.weight.detach().clone())
-        return {"first": model.layer.weight[0, 0].item()}
+    def loss(net, x, generator):
+        y = net(x)
+        seen.append(y.dtype)
+        return y.float().square().mean()
 
-    evaluated, _ = run(tmp_path, model=model, evaluate=evaluate)
-    assert same(evaluated.state_dict(), plain.state_dict())
-    assert torch.equal(seen[-1], average.weights["layer.weight"])
-    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert row["first"] == pytest.approx(average.weights["layer.weight"][0, 0].item(), rel=1e-4)
+    net, _ = run(loss=loss, bf16=True, steps=2)
+    assert set(seen) == {torch.bfloat16} and net.layer.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path, bad):
-    model, calls = Line(), 0
-    inner = line_loss(model)
+def test_dropout_belongs_to_the_step():
+    class Dropping(Line):
+        def forward(self, x):
+            return self.layer(nn.functional.dropout(x, training=self.training))
 
-    def loss(generator):
-        nonlocal calls
-        calls += 1
-        value, _ = inner(generator)
-        return value * bad if calls == 18 else value
-
-    with pytest.raises(FloatingPointError, match="at step 17; lower lr=0.05"):
-        run(tmp_path, model=model, loss=loss)
-    assert all(torch.isfinite(p).all() for p in model.parameters())
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["step"] == 10 and all(torch.isfinite(p).all() for p in state["model"].values())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "state.pt"]
+    nets = []
+    for other in (0, 1):
+        torch.manual_seed(other)
+        nets.append(run(net=Dropping())[0].state_dict())
+    assert same(*nets)
 
 
 def test_large_gradients_are_clipped():
     """One huge outlier would throw Adam's memory off for long; with clipping its size counts no more than 1."""
     def gradient_norms(scale):
-        model, norms = Line(), []
-
-        def loss(generator):
-            return scale * (model(torch.ones(1, 2)) ** 2).mean()
-
-        step = torch.optim.AdamW.step
+        norms, step = [], torch.optim.AdamW.step
 
         def spy(self, *args, **kwargs):
-            norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+            norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm())
             return step(self, *args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", spy)
-            fit(model, loss, steps=2, lr=1e-3, warmup=1, progress=False)
+            train(Line(), torch.ones(4, 2), lambda net, x, generator: scale * net(x).square().mean(), steps=2, lr=1e-3,
+                  warmup=1, progress=False)
         return norms
 
     assert gradient_norms(1e6)[0] == pytest.approx(1, rel=1e-4)
     assert gradient_norms(1e-3)[0] < 0.5
 
 
-@pytest.mark.parametrize("steps", [0, -3])
-def test_no_steps_are_refused(steps):
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        run(steps=steps)
+def test_evaluate_sees_the_average_in_evaluation_mode_and_training_goes_on(tmp_path):
+    plain, average = run()
+    net, seen = Line(), []
+
+    def evaluate():
+        seen.append((net.layer.weight.detach().clone(), net.training))
+        return {"first": net.layer.weight[0, 0].item()}
+
+    evaluated, _ = run(tmp_path, net=net, evaluate=evaluate)
+    assert same(evaluated.state_dict(), plain.state_dict()) and not evaluated.training
+    assert torch.equal(seen[-1][0], average.weights["layer.weight"]) and not seen[-1][1]
+    assert log(tmp_path)[-1]["first"] == pytest.approx(average.weights["layer.weight"][0, 0].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("options, word", [
+    ({"steps": 0}, "steps must be at least 1"),
+    ({"steps": -3}, "steps must be at least 1"),
+    ({"batch": 0}, "batch must be at least 1"),
+    ({"every": 0}, "every must be at least 1"),
+    ({"accumulate": 0}, "accumulate must be at least 1"),
+    ({"accumulate": 3}, "batch of 8 can't be cut into 3 equal parts"),
+])
+def test_options_that_make_no_sense(options, word, tmp_path):
+    with pytest.raises(ValueError, match=word):
+        run(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_data_set_that_gives_no_batches():
+    with pytest.raises(ValueError, match="EmojiDataset can't; use a tensor of pictures"):
+        train(Line(), emoji("validation"), line_loss, steps=1, lr=0.1, progress=False)
 
 
 def test_progress_shows_only_when_asked(capsys):
     run(steps=2)
     assert capsys.readouterr().err == ""
-    model = Line()
-    fit(model, line_loss(model), steps=2, lr=0.1)
+    train(Line(), POINTS, line_loss, steps=2, lr=0.1)
     assert "loss" in capsys.readouterr().err
+
+
+# --- log, state, resume ------------------------------------------------------------------------
+def test_log_lines_parse_and_count_the_mean_loss(tmp_path):
+    losses = []
+
+    def loss(net, x, generator):
+        value, numbers = line_loss(net, x, generator)
+        losses.append(value.item())
+        return value, numbers
+
+    run(tmp_path, loss=loss, steps=25)
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == [10, 20, 25]
+    assert [row["loss"] for row in rows] == pytest.approx(
+        [sum(losses[a:b]) / (b - a) for a, b in ((0, 10), (10, 20), (20, 25))], rel=1e-4)
+    assert all(row.keys() == {"step", "loss", "gradient", "spread"} for row in rows)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    net, average = run(tmp_path)
+    before = (tmp_path / "log.jsonl").read_text()
+    again, average_again = run(tmp_path)
+    assert same(again.state_dict(), net.state_dict()) and same(average_again.weights, average.weights)
+    assert (tmp_path / "log.jsonl").read_text() == before
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole, whole_average = run(tmp_path / "whole", steps=30)
+    calls = 0
+
+    def until_step_27(net, x, generator):
+        nonlocal calls
+        calls += 1
+        if calls == 27:
+            raise KeyboardInterrupt
+        return line_loss(net, x, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", loss=until_step_27)
+    assert [row["step"] for row in log(tmp_path / "parts")] == [10, 20]
+    torch.manual_seed(99)
+    resumed, average = run(tmp_path / "parts")
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert same(average.weights, whole_average.weights) and average.updates == whole_average.updates == 30
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+
+
+KILLED = """
+import os, signal, sys, torch
+from diffusionbook import training
+sys.path.insert(0, sys.argv[3])
+from test_training import line_loss, run
+
+calls, saves = 0, 0
+
+def loss(net, x, generator):
+    global calls
+    calls += 1
+    if sys.argv[2] == "computing" and calls == 27:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return line_loss(net, x, generator)
+
+def save(state, path):
+    global saves
+    saves += 1
+    if sys.argv[2] == "saving" and saves == 3:  # the log has its third line, the state is half written
+        open(path, "wb").write(b"PK" + bytes(999))
+        os.kill(os.getpid(), signal.SIGKILL)
+    really(state, path)
+
+really, torch.save = torch.save, save
+run(sys.argv[1], loss=loss, net=None)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.parametrize("moment", ["computing", "saving"])
+def test_kill_9_costs_no_more_than_the_steps_since_the_last_state(tmp_path, moment, root):
+    whole, whole_average = run(tmp_path / "whole")
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "parts", moment, root / "tests" / "unit"])
+    assert killed.returncode == -9
+    assert len(log(tmp_path / "parts")) == (2 if moment == "computing" else 3)
+    resumed, average = run(tmp_path / "parts")
+    assert same(resumed.state_dict(), whole.state_dict()) and same(average.weights, whole_average.weights)
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["log.jsonl", "state.pt"]
+
+
+def test_a_log_without_a_state_is_dropped(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 10, "loss": 1}\n{"step": 20, "lo')
+    run(tmp_path, steps=10)
+    assert [row["step"] for row in log(tmp_path)] == [10] and log(tmp_path)[0]["loss"] != 1
+
+
+def test_a_state_of_the_first_loop_goes_on(tmp_path):
+    """What version 0.1 wrote: without fused AdamW, and with the state of a running generator."""
+    net = Line()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, betas=(0.9, 0.99))
+    net(POINTS).sum().backward()
+    optimizer.step()
+    torch.save({"step": 20, "seconds": 7, "model": net.state_dict(), "average": EMA(net).weights, "updates": 20,
+                "optimizer": optimizer.state_dict(), "generator": torch.Generator().get_state()}, tmp_path / "state.pt")
+    resumed, average = run(tmp_path)
+    assert average.updates == 30 and [row["step"] for row in log(tmp_path)] == [30]
+    assert not same(resumed.state_dict(), net.state_dict())
+
+
+def test_a_state_that_does_not_fit_is_refused(tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match="belongs to another network; choose another folder"):
+        train(nn.Linear(3, 3), torch.ones(4, 3), line_loss, steps=40, lr=0.1, folder=tmp_path, progress=False)
+    assert (tmp_path / "state.pt").read_bytes() == before
+    (tmp_path / "state.pt").write_bytes(before[:-200])
+    with pytest.raises(ValueError, match="is damaged or belongs"):
+        run(tmp_path, steps=40)
+
+
+# --- when it goes wrong ------------------------------------------------------------------------
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path, bad):
+    net, calls = Line(), 0
+
+    def loss(net, x, generator):
+        nonlocal calls
+        calls += 1
+        return line_loss(net, x, generator)[0] * (bad if calls >= 18 else 1)
+
+    with pytest.raises(FloatingPointError, match=r"at step 17: the first .* is the gradient at the output of layer "):
+        run(tmp_path, net=net, loss=loss)
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 10 and all(torch.isfinite(p).all() for p in state["model"].values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "state.pt"]
+
+
+class Log(nn.Module):
+    def forward(self, x):
+        return x.log()
+
+
+class Root(nn.Module):
+    def forward(self, x):
+        return x.clamp(min=0).sqrt()  # at 0: finite, with an infinite slope
+
+
+def stack(*modules):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 4), *modules, nn.Linear(4, 1))
+
+
+@pytest.mark.parametrize("net, expected", [
+    (stack(nn.Tanh()), None),
+    (stack(nn.Tanh(), Log()), "the output of 2 (Log)"),
+    (stack(nn.ReLU(), Root()), "the gradient at the output of 1 (ReLU)"),
+])
+def test_the_first_bad_module_is_named(net, expected):
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    assert first_bad_module(net, lambda: net(x).square().mean().backward()) == expected
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_bad_data_and_bad_weights_are_named():
+    net = stack(nn.Tanh())
+    found = first_bad_module(net, lambda: net(torch.full((1, 2), float("nan"))).sum().backward())
+    assert found == "the input of 0 (Linear)"
+    with torch.no_grad():
+        net[2].bias.fill_(float("inf"))
+    assert first_bad_module(net, lambda: None) == "the weights 2.bias, before the pass began"
+
+
+def test_a_nan_in_a_unet_names_the_module():
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(**TINY))
+    net.mid_block.resnets[0].register_forward_hook(lambda module, inputs, output: output / 0)
+    with pytest.raises(FloatingPointError, match=r"the output of mid_block\.resnets\.0 \(ResidualBlock\)"):
+        train(net, torch.zeros(4, 1, 8, 8), NoiseSchedule.linear(), steps=1, lr=1e-3, batch=4, progress=False)
+
+
+def test_the_loss_at_the_start_is_checked():
+    pictures = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    net = UNet(UNetConfig(**TINY))
+    value, _ = add_gradients(net, pictures, DenoisingLoss(NoiseSchedule.linear()), seed=0, step=0, batch=64)
+    assert value.item() == pytest.approx(1, abs=0.1)  # 4096 squared normal numbers: 1 ± 0.02
+    with torch.no_grad():
+        net.conv_out.bias.fill_(3.0)
+    with pytest.raises(ValueError, match="the first loss is 9.*where 1 was expected"):
+        train(net, pictures, NoiseSchedule.linear(), steps=1, lr=1e-3, progress=False)
+    train(net, pictures, DenoisingLoss(NoiseSchedule.linear()), steps=1, lr=1e-3, progress=False)
+
+
+# --- the loss of a diffusion model -------------------------------------------------------------
+def test_denoising_loss_is_what_its_parts_say():
+    schedule, x0 = NoiseSchedule.cosine(), torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    g = generator_for(4)
+    noise, t = torch.randn(5, 2, generator=g), torch.randint(1000, (5,), generator=g)
+    net = Line()
+
+    def tell(x, t):
+        return net(x).expand(-1, 2)
+
+    wanted = schedule.velocity(x0, noise, t)
+    plain = (tell(schedule.add_noise(x0, noise, t), t) - wanted).square().mean(1)
+    weight = schedule.snr[t].clamp(max=5) / (schedule.snr[t] + 1)
+    for option, expected in ((None, plain), (min_snr, plain * weight)):
+        loss = DenoisingLoss(schedule, prediction="v", weight=option)(tell, x0, generator_for(4))
+        assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_what_a_network_is_told_is_dropped_together():
+    told = []
+
+    def net(x, t, context, embedding):
+        told.append((context, embedding))
+        return x
+
+    batch = {"x0": torch.zeros(2000, 1), "context": torch.ones(2000, 3, 2), "embedding": torch.full((2000,), 7)}
+    loss = DenoisingLoss(NoiseSchedule.linear(), drop=0.1, empty={"embedding": 0, "context": torch.zeros(3, 2)})
+    loss(net, batch, generator_for(0))
+    context, embedding = told[0]
+    assert set(embedding.tolist()) == {0, 7} and torch.equal(context.amax((1, 2)) == 0, embedding == 0)
+    assert (embedding == 0).float().mean().item() == pytest.approx(0.1, abs=0.03)  # four standard deviations
+    assert batch["embedding"].min() == 7, "the data were changed"
+
+
+def test_pictures_that_are_not_scaled_are_refused():
+    with pytest.raises(ValueError, match=r"x0 reaches 255; bring pictures to \[-1, 1\]"):
+        DenoisingLoss(NoiseSchedule.linear())(Line(), torch.full((2, 2), 255.0), generator_for(0))
+
+
+def test_mean_loss_is_the_mean_over_all_with_the_same_noise():
+    net, seen = Line(), []
+
+    def loss(net, x, generator):
+        seen.append((x, torch.rand(1, generator=generator).item()))
+        return net(x).mean()
+
+    value = mean_loss(net, POINTS, loss, batch=64)
+    assert value == pytest.approx(net(POINTS).mean().item(), rel=1e-5)
+    assert torch.equal(torch.cat([x for x, _ in seen]), POINTS) and len({chance for _, chance in seen}) == 4
+    assert mean_loss(net, POINTS, line_loss) == mean_loss(net, POINTS, line_loss)
+
+
+def test_generators_follow_from_their_numbers():
+    draws = [torch.rand(4, generator=generator_for(*numbers)) for numbers in ((0, 1), (0, 1), (1, 0), (0, 1, 0), (0,))]
+    assert torch.equal(draws[0], draws[1])
+    assert len({tuple(draw.tolist()) for draw in draws}) == 4
+
+
+# --- digits ------------------------------------------------------------------------------------
+def test_digits():
+    pictures, which = digits(60)
+    assert pictures.shape == (60, 1, 32, 32) and which.tolist() == [i % 10 for i in range(60)]
+    assert pictures.min() == -1 and 0.5 < pictures.amax((1, 2, 3)).min()
+    assert torch.equal(pictures[:20], digits(60)[0][:20]) and not torch.equal(pictures, digits(60, seed=1)[0])
+    border = torch.cat([pictures[..., :2, :], pictures[..., -2:, :]], -2).amax()
+    assert border < 0, "a digit is cut off"
+    assert digits(3, size=8)[0].shape == (3, 1, 8, 8)
+
+
+def test_every_font_draws_ten_different_digits():
+    import matplotlib
+    from PIL import ImageFont
+
+    for name in DIGIT_FONTS:
+        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 40)
+        assert len({bytes(font.getmask(digit)) for digit in "0123456789"}) == 10, name
+
+
+@pytest.mark.parametrize("options", [{"count": 0}, {"size": 0}])
+def test_digits_refuse(options):
+    with pytest.raises(ValueError, match="at least 1"):
+        digits(**options)
+
+
+# --- recipes -----------------------------------------------------------------------------------
+RECIPE = """
+[data]
+name = "digits"
+count = 40
+size = 8
+classes = ["digit"]
+[network]
+channels = [8, 8]
+attention = ["", "self"]
+heads = [1, 1]
+layers_per_block = 1
+in_channels = 1
+out_channels = 1
+groups = 4
+sample_size = 8
+context_width = 0
+[schedule]
+name = "cosine"
+steps = 100
+[loss]
+prediction = "v"
+drop = 0.1
+[train]
+steps = 4
+lr = 1e-3
+batch = 8
+every = 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_recipe_trains_saves_and_loads(recipe, tmp_path):
+    denoise = run_recipe(recipe, folder=tmp_path / "run", progress=False)
+    assert [row["step"] for row in log(tmp_path / "run")] == [2, 4]
+    assert all(0.3 < row["validation"] < 3 for row in log(tmp_path / "run"))
+    again, classes = load_denoiser(tmp_path / "run")
+    assert classes == list("0123456789") and again.prediction == "v" and again.schedule.steps == 100
+    assert same(again.network.state_dict(), denoise.network.state_dict())
+    average = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["average"]
+    assert all(torch.equal(average[name], p) for name, p in again.network.named_parameters())
+    x = torch.randn(2, 1, 8, 8, generator=generator_for(0))
+    told = [again.network(x, torch.tensor([50, 50]), embedding=torch.tensor([k, k])) for k in (0, 3)]
+    assert torch.isfinite(told[0]).all() and not torch.equal(*told)
+
+
+def test_a_recipe_without_classes(recipe, tmp_path):
+    recipe.write_text(RECIPE.replace('classes = ["digit"]\n', ""))
+    denoise = run_recipe(recipe, folder=tmp_path / "run", steps=1, progress=False)
+    assert denoise.network.config.classes is None and load_denoiser(tmp_path / "run")[1] == []
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("[loss]", "[lost]", "must have the tables data, loss"),
+    ("[loss]", "[loss", "not valid TOML"),
+    ('"digits"', '"cats"', r"\[data\]: no data named 'cats'; choose one of emoji, digits"),
+    ('"cosine"', '"cosin"', r"\[schedule\]: no schedule named 'cosin'"),
+    ("steps = 100", "stops = 100", r"\[schedule\]: .*stops"),
+    ("groups = 4", "troops = 4", r"\[network\]: .*troops"),
+    ("lr = 1e-3", "rate = 1e-3", r"\[train\]: .*rate"),
+    ('prediction = "v"', 'predict = "v"', r"\[loss\]: .*predict"),
+])
+def test_recipes_that_are_wrong(recipe, tmp_path, old, new, words):
+    recipe.write_text(RECIPE.replace(old, new))
+    with pytest.raises(ValueError, match=words):
+        run_recipe(recipe, folder=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match="no recipe at nowhere.toml"):
+        read_recipe("nowhere.toml")
+
+
+def test_what_is_saved_can_be_read_again(tmp_path):
+    for prediction, schedule in (("epsilon", NoiseSchedule.linear(500)), ("flow", NoiseSchedule.flow(50, shift=2.0))):
+        folder = tmp_path / prediction
+        save_denoiser(folder, Denoiser(UNet(UNetConfig(**TINY)), schedule, prediction))
+        again, classes = load_denoiser(folder)
+        assert again.prediction == prediction and torch.equal(again.schedule.betas, schedule.betas) and classes == []
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("flow_prediction", "guess"))
+    with pytest.raises(ValueError, match="prediction_type='guess' in flow/scheduler; expected one of"):
+        load_denoiser(folder)
+
+
+def test_the_recipes_of_the_book_can_be_built(root):
+    """Each names a preset and options that exist; nothing is trained."""
+    from diffusionbook.training import _schedule, _unet
+
+    paths = sorted((root / "recipes").glob("*.toml"))
+    recipes = {path.name: read_recipe(path) for path in paths if path.name != "budget.toml"}
+    assert {"digits.toml", "emoji_pixels.toml", "emoji_pixels_cpu.toml"} <= recipes.keys()
+    for name, recipe in recipes.items():
+        loss = DenoisingLoss(_schedule(**recipe["schedule"]), **recipe["loss"])
+        with torch.device("meta"):
+            net = _unet(**recipe["network"], classes=5)
+            side, channels = recipe["data"]["size"], 1 if recipe["data"]["name"] == "digits" else 3
+            assert net.config.sample_size == side, name
+            x0 = torch.zeros(2, channels, side, side)
+            wanted = net(x0, torch.zeros(2), embedding=torch.zeros(2, dtype=torch.long))
+        assert wanted.shape == x0.shape and loss.prediction in ("epsilon", "v", "flow")
+
+
+def test_stacked_data_can_be_batches():
+    data = StackDataset(x0=torch.zeros(6, 2), embedding=torch.arange(6))
+    seen = []
+
+    def loss(net, batch, generator):
+        seen.append(batch["embedding"])
+        return net(batch["x0"]).square().mean()
+
+    train(Line(), data, loss, steps=1, lr=0.1, batch=4, progress=False)
+    assert seen[0].shape == (4,)
+
+
+TWO = """
+import sys, torch
+from accelerate import PartialState
+from diffusionbook.__main__ import main
+from diffusionbook.training import add_gradients
+sys.path.insert(0, sys.argv[3])
+from test_training import POINTS, Line, line_loss
+
+state = PartialState(cpu=True)
+assert state.num_processes == 2 and state.backend == "gloo"
+net = Line()
+value, _ = add_gradients(net, POINTS, line_loss, seed=0, step=3, batch=8)
+torch.save([value, *(p.grad for p in net.parameters())], f"{sys.argv[2]}/gradients{state.process_index}.pt")
+torch.manual_seed(state.process_index)  # the second process starts from other weights, and must not keep them
+sys.exit(main(["train", sys.argv[1], "--folder", f"{sys.argv[2]}/two", "--device", "cpu"]))
+"""
+
+
+def test_two_processes_do_together_what_one_does_alone(recipe, tmp_path, root):
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [tmp_path / "two.py", recipe, tmp_path, root / "tests" / "unit"]
+    done = subprocess.run([*command, *script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1:] == [f"{tmp_path / 'two'}"], "only the first process speaks"
+
+    net = Line()
+    value, _ = add_gradients(net, POINTS, line_loss, seed=0, step=3, batch=8, accumulate=2)
+    for rank in (0, 1):
+        theirs = torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True)
+        for ours, other in zip([value, *(p.grad for p in net.parameters())], theirs, strict=True):
+            assert torch.allclose(ours, other, rtol=1e-6, atol=1e-7)
+
+    recipe.write_text(RECIPE + "accumulate = 2")
+    denoise = run_recipe(recipe, folder=tmp_path / "one", progress=False)
+    assert log(tmp_path / "two") == log(tmp_path / "one")
+    together, _ = load_denoiser(tmp_path / "two")
+    for name, p in denoise.network.state_dict().items():
+        assert torch.allclose(together.network.state_dict()[name], p, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_and_learns_the_same():
+    nets = {device: Line().to(device) for device in ("cpu", "cuda")}
+    for net in nets.values():
+        train(net, POINTS, lambda net, x, generator: (net(x) - x[:, :1]).square().mean(), steps=20, lr=0.05,
+              batch=8, warmup=5, progress=False)
+    assert torch.allclose(nets["cpu"].layer.weight, nets["cuda"].layer.weight.cpu(), rtol=1e-4)

@@ -1,12 +1,16 @@
 """Chapter 07: the U-Net's shape, its start at zero, and what it refuses."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
+from diffusionbook.checkpoints import to_guided_diffusion
+from diffusionbook.denoising import Denoiser
 from diffusionbook.layers import AttentionBlock, SpatialTransformer
-from diffusionbook.unet import UNet, UNetConfig
+from diffusionbook.schedules import NoiseSchedule
+from diffusionbook.unet import PRESETS, UNet, UNetConfig
 
 SMALL = UNetConfig(channels=(16, 24), attention=("cross", None), heads=(2, 4), context_width=10, layers_per_block=1,
                    groups=8)
@@ -14,6 +18,11 @@ SELF = UNetConfig(channels=(16, 32), attention=(None, "self"), heads=(2, 4), con
                   out_channels=6, layers_per_block=2, groups=8, cos_first=False, time_shift=1.0, down_padding=0)
 DEEP = UNetConfig(channels=(8, 16, 24), attention=("cross", None, "cross"), heads=(2, 2, 3), context_width=10,
                   layers_per_block=1, groups=4, linear_projection=True)
+
+GUIDED = UNetConfig(channels=(16, 24), attention=(None, "added"), heads=(2, 3), context_width=10, layers_per_block=1,
+                    groups=8, scale_shift=True, residual_resampling=True, in_channels=3, out_channels=6)
+CLASSES = dataclasses.replace(GUIDED, attention=(None, "self"), middle="self", context_width=None, classes=7)
+EVERY = pytest.mark.parametrize("config", [SMALL, SELF, DEEP, GUIDED, CLASSES])
 
 
 def network(config, *, randomise=True):
@@ -32,13 +41,13 @@ def inputs(config, count=2, size=(8, 12)):
     return torch.randn(count, config.in_channels, *size), torch.randint(0, 1000, (count,)), context
 
 
-@pytest.mark.parametrize("config", [SMALL, SELF, DEEP])
+@EVERY
 def test_a_new_network_says_zero(config):
     model = network(config, randomise=False)
     assert torch.equal(model(*inputs(config)), torch.zeros(2, config.out_channels, 8, 12))
 
 
-@pytest.mark.parametrize("config", [SMALL, SELF, DEEP])
+@EVERY
 def test_a_new_block_passes_its_input_on(config):
     """Before training, every attention is the identity and every residual block its skip."""
     model = network(config, randomise=False)
@@ -47,13 +56,13 @@ def test_a_new_block_passes_its_input_on(config):
     for module in model.modules():
         if isinstance(module, AttentionBlock | SpatialTransformer):
             x = torch.randn(1, (module.norm if hasattr(module, "norm") else module.group_norm).num_channels, 4, 4)
-            given = (torch.randn(1, 5, config.context_width),) if isinstance(module, SpatialTransformer) else ()
-            assert torch.equal(module(x, *given), x)
+            context = torch.randn(1, 5, config.context_width) if config.context_width else None
+            assert torch.equal(module(x, context), x)
             found.append(module)
-    assert len(found) >= 4
+    assert len(found) >= 4 - (config in (GUIDED, CLASSES))
 
 
-@pytest.mark.parametrize("config", [SMALL, SELF, DEEP])
+@EVERY
 def test_a_picture_does_not_depend_on_its_neighbours(config):
     model, (x, t, context) = network(config), inputs(config, 3)
     with torch.no_grad():
@@ -64,7 +73,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(config):
             assert torch.allclose(alone[0], together[i], atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [SMALL, SELF, DEEP])
+@EVERY
 def test_time_words_and_embedding_are_heard(config):
     model, (x, t, context) = network(config), inputs(config)
     with torch.no_grad():
@@ -81,13 +90,14 @@ def test_time_words_and_embedding_are_heard(config):
             assert (mixed - out).abs().mean() > 1e-3
 
 
-@pytest.mark.parametrize("config", [SMALL, SELF, DEEP])
+@EVERY
 def test_gradients_reach_every_parameter(config):
     model = network(config)
-    model(*inputs(config)).square().mean().backward()
+    labels = torch.tensor([3, 5]) if config.classes else None
+    model(*inputs(config), labels).square().mean().backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # A key's bias adds the same to all scores of a query, and softmax doesn't see it.
-    assert [name for name in dead if not name.endswith("to_k.bias")] == []
+    assert [name for name in dead if not name.endswith(("to_k.bias", "add_k_proj.bias"))] == []
 
 
 def test_the_first_step_of_training_moves_the_last_layer():
@@ -124,14 +134,101 @@ def test_inputs_of_another_shape_are_refused(shape):
 @pytest.mark.parametrize("context, got", [(None, "none"), (torch.zeros(2, 5, 9), r"\(2, 5, 9\)")])
 def test_other_contexts_are_refused(context, got):
     x, t, _ = inputs(SMALL)
-    with pytest.raises(ValueError, match=rf"context must have shape \(B, M, 10\), got {got}"):
+    with pytest.raises(ValueError, match=rf"context must have shape \(2, M, 10\), got {got}"):
         network(SMALL)(x, t, context)
 
+
+@pytest.mark.parametrize("t", [torch.tensor(3), torch.tensor([3]), torch.tensor([[1], [2]]), torch.arange(3)])
+def test_other_shapes_of_t_are_refused(t):
+    x, _, context = inputs(SMALL)
+    with pytest.raises(ValueError, match=r"t must have shape \(2,\), one timestep per picture, got"):
+        network(SMALL)(x, t, context)
+
+
+@pytest.mark.parametrize("t", [-1, 1000, 2.5e9, float("nan")])
+def test_a_time_that_the_schedule_does_not_have_is_refused(t):
+    """A network knows no last timestep; whoever asks it through a `Denoiser` is told."""
+    x, _, context = inputs(SMALL)
+    denoise = Denoiser(lambda x, t: network(SMALL)(x, t, context), NoiseSchedule.linear())
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 999\]"):
+        denoise(x, t)
+
+
+@pytest.mark.parametrize("embedding", [torch.zeros(2, 63), torch.zeros(1, 64), torch.tensor([1, 2])])
+def test_other_embeddings_are_refused(embedding):
+    x, t, context = inputs(SMALL)
+    with pytest.raises(ValueError, match=r"embedding must have shape \(2, 64\), got"):
+        network(SMALL)(x, t, context, embedding)
+
+
+def test_classes_are_heard_and_counted():
+    model, (x, t, _) = network(CLASSES), inputs(CLASSES)
+    with torch.no_grad():
+        told = [model(x, t, embedding=torch.tensor(labels)) for labels in ([0, 1], [0, 6])]
+        assert torch.allclose(told[0][0], told[1][0], atol=1e-6)
+        assert (told[0][1] - told[1][1]).abs().mean() > 1e-3
+        same = model(x, t, embedding=model.class_embedding(torch.tensor([0, 6])))
+        assert torch.allclose(same, told[1], atol=1e-6)
+        with pytest.raises(ValueError, match=r"\(2, 64\), or \(2,\) of class numbers, got \(2, 7\)"):
+            model(x, t, embedding=torch.zeros(2, 7))
+
+
+@pytest.mark.parametrize("config", [SMALL, GUIDED])
+def test_masked_words_are_not_heard(config):
+    model, (x, t, context) = network(config), inputs(config)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    with torch.no_grad():
+        out = model(x, t, context)
+        assert torch.allclose(model(x, t, context, mask=mask), out, atol=1e-5)
+        mask[:, 3:] = False
+        masked = model(x, t, context, mask=mask)
+        assert (masked - out).abs().mean() > 1e-4
+        assert torch.allclose(masked, model(x, t, context[:, :3]), atol=1e-5)
+    for wrong in (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5)):
+        with pytest.raises(ValueError, match="one entry for each word"):
+            model(x, t, context, mask=wrong)
+
+
+def test_dropout_forgets_in_training_only():
+    model = network(dataclasses.replace(SMALL, dropout=0.3))
+    with torch.no_grad():
+        assert torch.equal(model(*inputs(SMALL)), network(SMALL)(*inputs(SMALL)))
+        model.train()
+        given = inputs(SMALL)
+        assert not torch.allclose(model(*given), model(*given), atol=1e-3)
+
+
+# Names of guided diffusion
+
+
+@pytest.mark.parametrize("config", [SMALL, SELF, GUIDED, CLASSES, dataclasses.replace(SELF, heads=(4, 8))])
+def test_the_names_of_guided_diffusion_are_understood(config):
+    model = network(config)
+    theirs = to_guided_diffusion(model.state_dict(), head_width=config.head_width())
+    assert "input_blocks.0.0.weight" in theirs and "middle_block.2.out_layers.3.bias" in theirs
+    assert sum(p.numel() for p in theirs.values()) == model.count_parameters()
+    again = UNet(config).load(dict(sorted(theirs.items()))).eval()
+    with torch.no_grad():
+        assert torch.equal(again(*inputs(config)), model(*inputs(config)))
+
+
+def test_a_file_of_another_network_is_refused_by_name():
+    theirs = to_guided_diffusion(network(GUIDED).state_dict(), head_width=8)
+    with pytest.raises(ValueError, match=r"label_emb\.weight"):
+        UNet(CLASSES).load(theirs)
+    with pytest.raises(ValueError, match=r"has shape .*24.*, the config asks for .*32"):
+        UNet(dataclasses.replace(GUIDED, channels=(16, 32), heads=(2, 4))).load(theirs)
+
+
+def test_weights_of_another_config_are_refused_with_the_nearest_names():
+    with pytest.raises(ValueError, match="config and weights belong together") as caught:
+        UNet(dataclasses.replace(SMALL, layers_per_block=2)).load(network(SMALL).state_dict())
+    assert re.search(r"missing 'down_blocks.0.attentions.1.norm.bias'; nearest there: \S+, \S+, \S+", str(caught.value))
 
 # Configs
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd15-inpaint", "sd21", "ddpm-cifar10", "emoji-latent"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_the_public_layout(name):
     config = UNetConfig.preset(name)
     assert UNetConfig.from_config(config.to_config()) == config
@@ -144,9 +241,25 @@ def test_presets_survive_the_public_layout(name):
     dataclasses.replace(SELF, heads=(2, 4)),  # 8 channels a head on both levels
     dataclasses.replace(SMALL, attention=(None, None)),  # words only in the middle
     dataclasses.replace(SELF, attention=(None, None), heads=(1, 1)),
+    dataclasses.replace(SELF, attention=(None, None), middle=None, heads=(1, 1)),
+    GUIDED,
+    CLASSES,
+    dataclasses.replace(CLASSES, residual_resampling=False, dropout=0.1),
+    dataclasses.replace(GUIDED, attention=("added", "added"), scale_shift=False, heads=(1, 3)),
 ])
 def test_configs_survive_the_public_layout(config):
     assert UNetConfig.from_config(config.to_config()) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_runs(name):
+    with torch.device("meta"):
+        model = UNet(UNetConfig.preset(name))
+        config, side = model.config, model.config.sample_size
+        context = torch.empty(2, 7, config.context_width) if config.context_width else None
+        labels = torch.empty(2, dtype=torch.int64) if config.classes else None
+        x = torch.empty(2, config.in_channels, side, side)
+        assert model(x, torch.empty(2), context, labels).shape == (2, config.out_channels, side, side)
 
 
 def test_heads_that_the_public_layout_cannot_say_are_not_lost_in_silence():
@@ -177,14 +290,15 @@ def test_a_saved_network_answers_as_before(tmp_path):
 
 
 def test_unknown_presets_are_refused():
-    with pytest.raises(ValueError, match="sd15, sd15-inpaint, sd21, ddpm-cifar10, emoji-latent"):
+    with pytest.raises(ValueError, match="choose one of sd15, sd15-inpaint, sd21, ddpm-cifar10,.*mathworks-digits"):
         UNetConfig.preset("sdxl")
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"heads": (2,)}, "2 levels of channels need 2 entries"),
     ({"attention": ("cross",)}, "2 levels of channels need 2 entries"),
-    ({"attention": ("cross", "linear")}, r'"cross", "self" or None per level, got \[\'linear\'\]'),
+    ({"attention": ("cross", "linear")}, r'"cross", "self", "added" or None, got \[\'linear\'\]'),
+    ({"middle": "linear"}, r'"cross", "self", "added" or None, got \[\'linear\'\]'),
     ({"context_width": None}, "context_width"),
 ])
 def test_impossible_configs_are_refused(changes, message):
@@ -199,14 +313,17 @@ def test_what_does_not_divide_is_refused(changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"down_block_types": ["ResnetDownsampleBlock2D", "DownBlock2D"]}, "ResnetDownsampleBlock2D"),
-    ({"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "mirror"),
+    ({"down_block_types": ["AttnSkipDownBlock2D", "DownBlock2D"]}, "unknown kind of block 'AttnSkipDownBlock2D'"),
+    ({"down_block_types": ["ResnetDownsampleBlock2D", "DownBlock2D"]}, "residual_resampling"),
+    ({"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "up_block_types.*would have"),
     ({"act_fn": "gelu"}, "act_fn='gelu'"),
     ({"class_embed_type": "timestep"}, "class_embed_type"),
     ({"addition_embed_type": "text_time"}, "addition_embed_type"),
     ({"dual_cross_attention": True}, "dual_cross_attention"),
     ({"mid_block_scale_factor": 0.5}, "mid_block_scale_factor"),
-    ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+    ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift"),
+    ({"cross_attention_norm": "group_norm"}, "cross_attention_norm"),
+    ({"encoder_hid_dim": 64}, "encoder_hid_dim"),
     ({"time_embedding_type": "fourier"}, "time_embedding_type"),
     ({"transformer_layers_per_block": [1, 2]}, "transformer_layers_per_block"),
     ({"center_input_sample": True}, "center_input_sample"),
@@ -215,7 +332,8 @@ def test_what_does_not_divide_is_refused(changes):
     ({"timestep_post_act": "silu"}, "timestep_post_act"),
     ({"time_embedding_act_fn": "silu"}, "time_embedding_act_fn"),
     ({"only_cross_attention": True}, "only_cross_attention"),
-    ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type"),
+    ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "added.*cross"),
+    ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type='UNetMidBlock2D'"),
 ])
 def test_public_options_that_this_network_does_not_compute_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,86 @@
+"""Train the judge on the emoji: which name, group, skin tone and style does a picture show?
+
+    python recipes/emoji_judge.py [--folder runs/emoji_judge] [--steps 9000]
+
+First on the training split alone, to measure it on pictures that it never saw; then a third as long on all real
+pictures, because the judge of painted pictures should know every real one. Resumable: the same command goes on where
+it stopped. At the end the weights go to diffusionbook/weights/emoji/judge.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import StackDataset
+
+from diffusionbook.data import SPLITS, emoji, pick_device
+from diffusionbook.metrics import Judge, JudgeConfig
+from diffusionbook.training import balanced_weights, train
+
+BATCH = 64
+UNSEEN = ("validation", "object_style", "tone_style")
+SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
+
+
+def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn, scale, shift, tint, soften and roughen pictures (B, 3, 64, 64) a little, each in its own way."""
+    count = len(images)
+
+    def between(low: float, high: float, *shape: int) -> torch.Tensor:
+        return (low + (high - low) * torch.rand(count, *shape, generator=generator)).to(images.device)
+
+    angle, scale, shift = between(-0.2, 0.2), between(0.85, 1.25), between(-0.12, 0.12, 2)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2) * scale.view(-1, 1, 1)
+    grid = F.affine_grid(torch.cat([turn, shift[:, :, None]], 2), list(images.shape), align_corners=False)
+    moved = F.grid_sample(images - 1, grid, align_corners=False) + 1  # what comes in from outside is white
+    soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    softness, roughness = between(0, 0.7, 1, 1, 1), between(0, 0.1, 1, 1, 1)
+    mixed = torch.lerp(moved, soft, softness) * between(0.92, 1.0, 3, 1, 1)
+    return (mixed + roughness * torch.randn(images.shape, generator=generator).to(images.device)).clamp(-1, 1)
+
+
+def main(folder: Path, steps: int) -> None:
+    device = pick_device()
+    splits = {split: emoji(split) for split in SPLITS}
+    images = {split: data.images() for split, data in splits.items()}
+    attributes = {split: data.attributes for split, data in splits.items()}
+    known = {key: {a[key] for a in attributes["train"]} for key in ("name", "group", "tone")}
+    config = JudgeConfig(names=tuple(sorted(known["name"])), groups=tuple(sorted(known["group"])),
+                         tones=(None, *sorted(known["tone"] - {None})))
+    torch.manual_seed(0)
+    judge = Judge(config).to(device)
+
+    def report(*names: str) -> dict[str, float]:
+        pictures = torch.cat([images[split] for split in names])
+        return judge.report(pictures, [a for split in names for a in attributes[split]])
+
+    def learn(names: tuple[str, ...], steps: int, lr: float, folder: Path) -> None:
+        pictures = torch.cat([images[split] for split in names])
+        described = [a for split in names for a in attributes[split]]
+        data = StackDataset(images=pictures, **judge.labels(described))
+
+        def loss(judge: Judge, batch: dict, generator: torch.Generator):
+            with torch.autocast(batch["images"].device.type, enabled=False):  # a grid is too fine for bfloat16
+                seen = vary(batch["images"], generator)
+            return sum(F.cross_entropy(logits.float(), batch[part], label_smoothing=0.1)
+                       for part, logits in judge(seen).items())
+
+        train(judge, data, loss, batch=BATCH, weights=balanced_weights([a["name"] for a in described]), steps=steps,
+              lr=lr, folder=folder, ema=0.998, bf16=True, every=500, weight_decay=0.05,
+              evaluate=lambda: report(*UNSEEN)).swap(judge)
+
+    learn(("train",), steps, 2e-3, folder / "train")
+    for split in UNSEEN:
+        print(split, {part: f"{share:.3f}" for part, share in report(split).items()})
+    learn(SPLITS, math.ceil(steps / 3), 5e-4, folder / "all")
+    judge.eval().save_pretrained(SHIPPED / "judge", dtype=torch.float16)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_judge"))
+    parser.add_argument("--steps", type=int, default=9000)
+    given = parser.parse_args()
+    main(given.folder, given.steps)
