@@ -531,7 +531,7 @@ def test_a_step_with_a_perfect_answer_stays_on_the_way(times, seed):
         for name in ODES:
             found = last(SAMPLERS[name](denoise, mix(answer, now), [high, low]))
             assert torch.allclose(found, mix(answer, then), rtol=1e-6, atol=1e-6), name
-        if now.alpha > 0:
+        if now.alpha > 1e-8:  # with less signal, x0 is lost in the rounding of x
             assert torch.allclose(move(mix(answer, now), eps, now, then), mix(answer, then), rtol=1e-6, atol=1e-6)
 
 

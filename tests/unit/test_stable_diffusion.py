@@ -39,6 +39,14 @@ def test_a_caption_becomes_a_picture(tiny):
     assert pixels(pictures).std() > 5
 
 
+def test_other_options_reach_the_sampler(tiny):
+    usual, leading = tiny(CAPTION, **FAST), tiny(CAPTION, spacing="leading", **FAST)
+    assert (pixels(usual) != pixels(leading)).any()
+    assert (pixels(usual) != pixels(tiny(CAPTION, sampler="ddim", eta=1.0, **FAST))).any()
+    with pytest.raises(ValueError, match="has no option eta"):
+        tiny(CAPTION, eta=1.0, **FAST)
+
+
 def test_the_tensor_is_the_same_picture(tiny):
     images = tiny(CAPTION, output="tensor", **FAST)
     assert images.shape == (1, 3, 64, 64) and images.dtype == torch.float32
