@@ -78,6 +78,8 @@ class StableDiffusion:
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that `from_pretrained`, and diffusers, can load; weights in `dtype`, by default their own."""
+        if self.prediction == "flow" or self.schedule.shift is not None:
+            raise ValueError("Stable Diffusion's layout has no place for a flow; save the networks one by one")
         folder = Path(folder)
         for part in ("vae", "unet", "text_encoder"):
             getattr(self, part).save_pretrained(folder / part, dtype=dtype)

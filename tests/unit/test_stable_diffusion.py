@@ -39,12 +39,19 @@ def test_a_caption_becomes_a_picture(tiny):
     assert pixels(pictures).std() > 5
 
 
+def test_a_flow_is_not_saved_in_a_layout_that_cannot_say_so(tiny, tmp_path):
+    tiny.prediction = "flow"
+    with pytest.raises(ValueError, match="no place for a flow"):
+        tiny.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_other_options_reach_the_sampler(tiny):
     usual, leading = tiny(CAPTION, **FAST), tiny(CAPTION, spacing="leading", **FAST)
     assert (pixels(usual) != pixels(leading)).any()
     assert (pixels(usual) != pixels(tiny(CAPTION, sampler="ddim", eta=1.0, **FAST))).any()
-    with pytest.raises(ValueError, match="has no option eta"):
-        tiny(CAPTION, eta=1.0, **FAST)
+    with pytest.raises(ValueError, match="has no option warmth"):
+        tiny(CAPTION, warmth=1.0, **FAST)
 
 
 def test_the_tensor_is_the_same_picture(tiny):
@@ -146,7 +153,7 @@ def test_parts_that_do_not_belong_together_are_refused(tiny):
     parts = {"vae": tiny.vae, "unet": tiny.unet, "tokenizer": tiny.tokenizer, "schedule": tiny.schedule}
     with pytest.raises(ValueError, match="width 16, the text encoder writes 20"):
         StableDiffusion(text_encoder=other, **parts)
-    with pytest.raises(ValueError, match="epsilon, v, x0"):
+    with pytest.raises(ValueError, match="epsilon, x0, v"):
         StableDiffusion(text_encoder=tiny.text_encoder, prediction="v_prediction", **parts)
 
 
