@@ -39,8 +39,8 @@ def test_a_caption_becomes_a_picture(tiny):
     assert pixels(pictures).std() > 5
 
 
-def test_a_flow_is_not_saved_in_a_layout_that_cannot_say_so(tiny, tmp_path):
-    tiny.prediction = "flow"
+def test_a_flow_is_not_saved_in_a_layout_that_cannot_say_so(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "prediction", "flow")
     with pytest.raises(ValueError, match="no place for a flow"):
         tiny.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
