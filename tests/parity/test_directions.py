@@ -37,9 +37,15 @@ def test_the_identity_tensor_equals_simpleitk_without_edges():
     assert np.abs(ours - theirs)[inside].max() < 0.01 * np.abs(u - theirs)[inside].max() + 0.05
 
 
-def test_the_identity_tensor_equals_diplib_without_edges():
+@pytest.fixture
+def dip():
+    """DIPlib; while it loads it looks for this part of IPython without importing it."""
+    pytest.importorskip("IPython.terminal.pt_inputhooks")
+    return pytest.importorskip("diplib")
+
+
+def test_the_identity_tensor_equals_diplib_without_edges(dip):
     """Inside only: DIPlib surrounds the picture with zeros."""
-    dip = pytest.importorskip("diplib")
     u = picture(48, 52)
     theirs = np.asarray(dip.PeronaMalikDiffusion(dip.Image(u), iterations=10, K=1e5, stepSizeLambda=0.2))
     ours = tensor_diffuse(u, np.eye(2), 2.0)
@@ -59,9 +65,8 @@ def test_structure_tensor_equals_scikit_image():
         np.testing.assert_allclose(a, b, atol=0.05)
 
 
-def test_directions_like_diplib_but_within_the_range():
+def test_directions_like_diplib_but_within_the_range(dip):
     """Both smooth along the lines; DIPlib's stencil leaves the range of the picture, ours does not."""
-    dip = pytest.importorskip("diplib")
     y, x = np.mgrid[:64, :64]
     clean = (np.sin((0.9 * y + 0.45 * x) * 2 * np.pi / 9) > 0).astype(np.float32)
     noisy = np.clip(clean + 0.3 * np.random.default_rng(0).standard_normal(clean.shape), 0, 1).astype(np.float32)
