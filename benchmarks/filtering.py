@@ -192,7 +192,7 @@ def main() -> None:
     quick = arguments.quick
     print(f"{torch.get_num_threads()} threads\n")
     each_iteration(96 if quick else 512, 1 if quick else 9)
-    time_to_error(64 if quick else 512, [5.0, 20.0] if quick else [50.0, 1000.0], 1 if quick else 5)
+    time_to_error(64 if quick else 512, [5.0, 20.0] if quick else [50.0, 1000.0], 1 if quick else 2)
     growth([(64, 64), (128, 128), (16, 16, 16)] if quick
            else [(256, 256), (512, 512), (1024, 1024), (2048, 2048), (128, 128, 128)], 1 if quick else 5)
     directions(64 if quick else 512, 1 if quick else 3)

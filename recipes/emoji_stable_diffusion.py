@@ -1,6 +1,6 @@
 """Train the miniature Stable Diffusion on the emoji: text encoder and latent U-Net together, the VAE frozen.
 
-    python recipes/emoji_stable_diffusion.py [--folder runs/emoji_stable_diffusion] [--steps 3400]
+    python recipes/emoji_stable_diffusion.py [--folder runs/emoji_stable_diffusion] [--steps 11000]
 
 Needs the VAE of recipes/emoji_vae.py. Resumable: the same command goes on where it stopped. At the end the whole
 pipeline goes to diffusionbook/weights/emoji.
@@ -91,6 +91,6 @@ def main(folder: Path, steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji_stable_diffusion"))
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=11000)
     given = parser.parse_args()
     main(given.folder, given.steps)
