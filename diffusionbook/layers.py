@@ -136,11 +136,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, heads: int,
            mask: torch.Tensor | None = None) -> torch.Tensor:
     """Answer queries (B, N, C) by values (B, M, C), weighted by how well their keys (B, M, C) fit: (B, N, C).
 
-    Each of the `heads` compares its own piece of the vectors. `mask` (B, M) is False at places not to listen to.
+    Each of the `heads` compares its own piece of the vectors. `mask` (B, M), or (B, N, M) where each query has its own,
+    is False at places not to listen to.
     (Vaswani et al. 2017, section 3.2.) Defined in chapter 06.
     """
     q, k, v = (split_heads(part, heads) for part in (q, k, v))  # (B, heads, N or M, d)
-    mask = None if mask is None else mask[:, None, None, :]
+    mask = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None, :]
     # The fused function is the fast one, but for one case: its backward pass on a CPU in bfloat16, for short rows.
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= 256:
         mixed = attention_weights(q, k, mask) @ v
@@ -152,7 +153,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, heads: int,
 class Attention(nn.Module):
     """Multi-head attention from (B, N, width) to a context (B, M, context_width), by default to itself.
 
-    `bias` is that of the query, key and value projections; `mask` (B, M) is False at places not to listen to.
+    `bias` is that of the query, key and value projections; `mask` is that of `attend`.
     (Vaswani et al. 2017, section 3.2.) Raises `ValueError` for heads that don't divide the width. Defined in
     chapter 06.
     """
