@@ -1,9 +1,7 @@
 """The built book: no warning, no dead link, and pages that look right in a browser."""
 import ast
 import json
-import os
 import re
-import shutil
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -11,11 +9,6 @@ import repository
 import yaml
 from bs4 import BeautifulSoup
 from exported_code import first_public_name, modules
-from playwright.sync_api import sync_playwright
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +119,6 @@ def test_every_picture_has_words(root, book, pages, chapters):
 
 
 # --- what a browser shows ----------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def browser(book):
-    """Headless Chromium: the system's, or the one that `playwright install chromium` fetched."""
-    with sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, BROWSERS)), None) or playwright.chromium.executable_path
-        if not os.path.exists(path):
-            message = "no browser found; install one with: sudo apt install chromium"
-            (pytest.fail if os.environ.get("DIFFUSIONBOOK_NEEDS_BROWSER") else pytest.skip)(message)
-        browser = playwright.chromium.launch(executable_path=path, args=QUIET)
-        yield browser
-        browser.close()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
 def test_pages_look_right(book, browser, chapters, width, scheme):
