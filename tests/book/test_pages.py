@@ -104,6 +104,19 @@ def test_first_public_name():
     assert first_public_name("not python") is None
 
 
+def test_glossary_words_carry_their_definition(book, pages, chapters):
+    entries = {dt["id"]: dt.find_next("dd").p.get_text() for dt in
+               pages[book.html / "book" / "glossary.html"].select("dl.glossary dt")}
+    seen = set()
+    for name in chapters:
+        for link in pages[book.html / f"{name}.html"].select("article a[href*='glossary.html#term-']"):
+            word = link["href"].partition("#")[2]
+            assert link.parent["class"] == ["term-hover"], f"{name}: {word} has no card"
+            assert " ".join(link.find_next_sibling("span").get_text().split()) == " ".join(entries[word].split())
+            seen.add(word)
+    assert len(seen) > 20
+
+
 def test_every_chapter_opens_in_colab(root, book, pages, chapters):
     here = repository.owner_and_name(repository.setting())
     for name in notebooks(root, chapters):
