@@ -74,7 +74,7 @@ def logit_laplace(pixels: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 # %% ../book/12_discrete_codes.ipynb #7334c2fe
 @dataclass(frozen=True)
 class DVAEConfig:
-    """The shape of a `DVAE` or `VQ`. Every group of blocks but the last halves the resolution. Defined in chapter 12."""
+    """The shape of a `DVAE` or `VQ`: every group of blocks but the last halves the resolution. Defined in chapter 12."""
 
     codes: int = 8192  # how many kinds of tile there are
     width: int = 256  # channels at full resolution; they double with every halving
@@ -123,7 +123,8 @@ class Convolution(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
-        self.w = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel) * (in_channels * kernel**2) ** -0.5)
+        spread = (in_channels * kernel**2) ** -0.5
+        self.w = nn.Parameter(spread * torch.randn(out_channels, in_channels, kernel, kernel))
         self.b = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,7 +180,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, channels, h, w) → mean and log-scale of each pixel's logit (B, 6, h·factor, w·factor). Defined in chapter 12."""
+    """(B, channels, h, w) → mean and log-scale of each pixel's logit (B, 6, h·factor, w·factor).
+
+    Defined in chapter 12.
+    """
 
     def __init__(self, config: DVAEConfig, channels: int):
         super().__init__()
@@ -284,7 +288,10 @@ class DVAE(DiscreteAutoencoder):
 
 # %% ../book/12_discrete_codes.ipynb #caac6975
 def restoration_loss(output: Tensor, images: Tensor) -> Tensor:
-    """Mean over all numbers of the pictures of -log density, in nats, given a decoder's output. Defined in chapter 12."""
+    """Mean of -log density over all numbers of the pictures, in nats, given the decoder's output (B, 6, H, W).
+
+    Defined in chapter 12.
+    """
     mean, log_scale = output.float().chunk(2, dim=1)
     return -logit_laplace(map_pixels(images), mean, log_scale).mean()
 

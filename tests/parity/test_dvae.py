@@ -57,7 +57,8 @@ def test_two_public_files_are_one_state_dict():
     model = randomise(DVAE(SMALL))
     files = {part: getattr(model, part).state_dict() for part in ("encoder", "decoder")}
     assert set(files["encoder"]) >= {"blocks.group_2.block_1.id_path.w", "blocks.output.conv.b", "blocks.input.w"}
-    again = DVAE(SMALL).load({f"{part}.{key}": tensor for part, state in files.items() for key, tensor in state.items()})
+    both = {f"{part}.{key}": tensor for part, state in files.items() for key, tensor in state.items()}
+    again = DVAE(SMALL).load(both)
     images = torch.rand(1, 3, 16, 16) * 2 - 1
     assert torch.equal(again.encode(images), model.encode(images))
 
