@@ -260,9 +260,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Flatten a map (B, C, H, W), run transformer blocks with a text context (B, M, context_width), fold back, add.
 
-    `linear=True` projects with linear layers as Stable Diffusion 2 does, otherwise with 1×1 convolutions; `upcast` as in
-    `Attention`.
-    (Rombach et al. 2022, section 3.3.) Defined in chapter 06.
+    `linear=True` projects with linear layers as Stable Diffusion 2 does, otherwise with 1×1 convolutions; `upcast`
+    is that of `Attention`. (Rombach et al. 2022, section 3.3.) Defined in chapter 06.
     """
 
     def __init__(self, channels: int, *, heads: int, context_width: int, depth: int = 1, linear: bool = False,
