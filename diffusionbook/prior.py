@@ -266,7 +266,8 @@ def sample_embedding(prior: DiffusionPrior, told: Condition, untold: Condition, 
 
     `told` has the texts' embeddings, words and mask (`text_condition`), `untold` those of the empty text, one row or
     B. Of `candidates` draws the one most similar to the text embedding is kept. `limit` bounds the standardised guess.
-    Raises `ValueError` unless there is at least one candidate. (Ramesh et al. 2022, section 2.2.) Defined in chapter 17.
+    Raises `ValueError` unless there is at least one candidate. (Ramesh et al. 2022, section 2.2.)
+    Defined in chapter 17.
     """
     if candidates < 1:
         raise ValueError(f"there must be at least one candidate to choose from, got {candidates}")
