@@ -6,7 +6,7 @@
 __all__ = ['OPENAI_MEAN', 'OPENAI_STD', 'VisionConfig', 'CLIPConfig', 'VisionEncoder', 'CLIP', 'contrastive_loss', 'retrieval',
            'zero_shot', 'gather_rows', 'in_chunks']
 
-# %% ../book/14_clip.ipynb #4f63e597
+# %% ../book/14_clip.ipynb #89404f96
 import json
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .checkpoints import Model, locate, write_atomically
 from .data import check_images, from_pil
 from .text import ACTIVATIONS, TextConfig, TextEncoder, Tokenizer, TransformerBlock
 
-# %% ../book/14_clip.ipynb #ef2c312c
+# %% ../book/14_clip.ipynb #1fe1ee60
 #: Mean and deviation of red, green and blue (from 0 to 1) in the pictures that OpenAI's CLIP was trained on.
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -128,7 +128,7 @@ class CLIPConfig:
         return cls(TextConfig.from_config(text), VisionConfig.from_config(vision), config.get("projection_dim", 512),
                    config.get("logit_scale_init_value", 2.6592))
 
-# %% ../book/14_clip.ipynb #1ceb7f09
+# %% ../book/14_clip.ipynb #c072fb19
 class VisionEncoder(nn.Module):
     """CLIP's vision transformer: pixel values (B, 3, H, W) → vectors (B, 1 + patches, width).
 
@@ -179,7 +179,7 @@ class VisionEncoder(nn.Module):
         """The picture's vector (B, width): the extra token's, normalised."""
         return self.post_layernorm(states[:, 0])
 
-# %% ../book/14_clip.ipynb #611296a0
+# %% ../book/14_clip.ipynb #39a0c49c
 class CLIP(Model):
     """Two towers that put pictures and captions into one space. (Radford et al. 2021.)
 
@@ -280,7 +280,7 @@ class CLIP(Model):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
-# %% ../book/14_clip.ipynb #c0168bd0
+# %% ../book/14_clip.ipynb #ccb11055
 def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, logit_scale: Tensor, *,
                      captions: Tensor | None = None) -> Tensor:
     """How hard it is to tell which text belongs to which image and the reverse: one number, ln B by chance.
@@ -303,7 +303,7 @@ def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, logit_sc
         right = same / same.sum(1, keepdim=True)  # rows of probabilities, symmetric
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
-# %% ../book/14_clip.ipynb #ac4095ff
+# %% ../book/14_clip.ipynb #46c8e002
 def retrieval(image_embeddings: Tensor, text_embeddings: Tensor, *, k: tuple[int, ...] = (1, 5)) -> dict[str, float]:
     """How often the right partner is among the k most similar: R@k both ways, for embeddings (N, D) in pairs.
 
@@ -319,7 +319,7 @@ def retrieval(image_embeddings: Tensor, text_embeddings: Tensor, *, k: tuple[int
         shares |= {f"{way}@{best}": (rank <= best).float().mean().item() for best in k}
     return shares
 
-# %% ../book/14_clip.ipynb #c951ecd2
+# %% ../book/14_clip.ipynb #71e99bc9
 @torch.no_grad()
 def zero_shot(clip: CLIP, images, classes: dict[str, list[str]]) -> Tensor:
     """The probability (B, classes) of each class, described by one or more texts: no training on these classes.
@@ -335,7 +335,7 @@ def zero_shot(clip: CLIP, images, classes: dict[str, list[str]]) -> Tensor:
     shares = (clip.logit_scale.clamp(max=math.log(100)).exp() * image @ text.T).softmax(1)  # (B, texts)
     return torch.stack([part.sum(1) for part in shares.split([len(t) for t in classes.values()], 1)], 1)
 
-# %% ../book/14_clip.ipynb #0b773c09
+# %% ../book/14_clip.ipynb #8368405a
 class _GatherRows(torch.autograd.Function):
     """All processes' rows, in order; a row's gradient is the sum over all processes."""
 
