@@ -208,8 +208,8 @@ class GlideText(Model):
 
 # %% ../book/15_glide.ipynb #f3803366
 #: Parts of a block of OpenAI's transformers: our name → the public one.
-OPENAI_BLOCK = {"layer_norm1": "ln_1", "self_attn.out_proj": "attn.c_proj", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
-                "mlp.fc2": "mlp.c_proj"}
+OPENAI_BLOCK = {"layer_norm1": "ln_1", "self_attn.out_proj": "attn.c_proj", "layer_norm2": "ln_2",
+                "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -257,7 +257,8 @@ def to_openai_transformer(state: dict, *, heads: int) -> dict:
 GLIDE_FILES = {3: ("base", "glide", NoiseSchedule.cosine), 7: ("base_inpaint", "glide-inpaint", NoiseSchedule.cosine),
                6: ("upsample", "glide-upsampler", NoiseSchedule.linear),
                10: ("upsample_inpaint", "glide-upsampler-inpaint", NoiseSchedule.linear)}
-_TEXT = ("transformer.", "token_embedding.", "positional_embedding", "padding_embedding", "final_ln.", "transformer_proj.")
+_TEXT = ("transformer.", "token_embedding.", "positional_embedding", "padding_embedding", "final_ln.",
+         "transformer_proj.")
 
 
 def load_glide(path, *, dtype: torch.dtype = torch.float32) -> tuple[Denoiser, GlideText]:
@@ -357,12 +358,10 @@ class Glide:
     """
 
     def __init__(self, *, base: Denoiser, conditioner, upsampler: Denoiser | None = None, upsampler_conditioner=None):
-        sees = {"base": (base, {3: "a picture", 7: "a picture, a masked one, a mask"}),
-                "upsampler": (upsampler, {6: "a picture, a small one", 10: "a picture, a masked one, a mask, a small one"})}
-        for name, (denoise, allowed) in sees.items():
-            if denoise is not None and denoise.network.config.in_channels not in allowed:
-                known = " or ".join(f"{channels} channels ({what})" for channels, what in allowed.items())
-                raise ValueError(f"the {name} must see {known}, got {denoise.network.config.in_channels}")
+        for name, denoise, channels in (("base", base, (3, 7)), ("upsampler", upsampler, (6, 10))):
+            if denoise is not None and denoise.network.config.in_channels not in channels:
+                raise ValueError(f"the {name} must see {channels[0]} channels, or {channels[1]} with a masked picture "
+                                 f"and a mask, got {denoise.network.config.in_channels}; is it another network?")
         if upsampler is not None and upsampler.network.config.context_width and upsampler_conditioner is None:
             raise ValueError("this upsampler reads words; give it an upsampler_conditioner")
         self.base, self.conditioner = base, conditioner
@@ -389,7 +388,7 @@ class Glide:
         for base, upsampler in (("base", "upsample"), ("base_inpaint", "upsample_inpaint")):
             if base in found:
                 return cls.from_files(found[base], found.get(upsampler))
-        raise FileNotFoundError(f"{folder} holds no GLIDE: expected glide.json, as save_pretrained writes it, or base.pt")
+        raise FileNotFoundError(f"{folder} holds no GLIDE: expected glide.json (save_pretrained writes it) or base.pt")
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that `from_pretrained` can load; weights in `dtype`, by default their own."""
@@ -457,7 +456,7 @@ class Glide:
         image = from_pil(image) if isinstance(image, Image.Image) else image
         check_images(image)
         if image.shape != (1, 3, side, side):
-            raise ValueError(f"the image must be one of {side}×{side} pixels, got shape {tuple(image.shape)}; resize it")
+            raise ValueError(f"the image must be one of {side}×{side} pixels, got {tuple(image.shape)}; resize it")
         mask = mask.reshape(1, 1, *mask.shape[-2:])
         if mask.dtype != torch.bool or mask.shape[2:] != image.shape[2:]:
             raise ValueError(f"the mask must be boolean with one entry per pixel, {side}×{side}, "
@@ -502,7 +501,7 @@ class Glide:
 
     @staticmethod
     def _beside(network: UNet, count: int, known) -> Tensor | None:
-        """The masked picture and the mask of what is known, (B, 4, H, W), for a network that was trained to see them."""
+        """The masked picture and the mask of what is known, (B, 4, H, W), for a network that learned to see them."""
         side, like = network.config.sample_size, {"device": network.device, "dtype": network.dtype}
         if network.config.in_channels in (3, 6):
             return None
