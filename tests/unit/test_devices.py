@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from diffusionbook.autoencoders import VAE, VAEConfig
+from diffusionbook.clip import CLIP, contrastive_loss
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
 from diffusionbook.samplers import SAMPLERS, sample, timesteps
 from diffusionbook.schedules import NoiseSchedule
@@ -54,6 +55,20 @@ def test_text_encoder(preset):
     hidden = model(ids)
     assert hidden.device == META and hidden.shape == (*ids.shape, model.config.width)
     assert model.pooled(hidden, ids).device == META
+
+
+@pytest.mark.parametrize("preset", ["vit-l-14", "emoji"])
+def test_clip(preset):
+    model = on_meta(CLIP, preset)
+    c = model.config
+    images = torch.empty(2, 3, c.vision.image_size, c.vision.image_size, device=META)
+    ids = torch.empty(2, c.text.context_length, dtype=torch.int64, device=META)
+    image = model.encode_image(images, torch.empty(2, 5, dtype=torch.int64, device=META))
+    states, text = model.text_states(ids)
+    assert image.shape == text.shape == (2, c.projection) and states.shape == (*ids.shape, c.text.width)
+    loss = contrastive_loss(image, model.encode_text(ids), model.logit_scale,
+                            captions=torch.empty(2, dtype=torch.int64, device=META))
+    assert loss.device == image.device == text.device == states.device == META
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
