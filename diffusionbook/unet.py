@@ -93,6 +93,11 @@ PRESETS: Mapping[str, dict] = {
         "channels": (32, 64, 96), "attention": (None, None, None), "middle": None, "heads": (1, 1, 1),
         "layers_per_block": 1, "context_width": None, "in_channels": 6, "out_channels": 3, "residual_resampling": True,
     },
+    "emoji-upsampler": {  # three quarters of its work is at full size, so few channels there
+        "channels": (32, 64, 128), "attention": (None, None, None), "middle": None, "heads": (1, 1, 1),
+        "layers_per_block": 1, "context_width": None, "in_channels": 6, "out_channels": 3, "groups": 16,
+        "residual_resampling": True, "scale_shift": True,
+    },
     "emoji-32": {
         "channels": (64, 128, 192), "attention": (None, "self", "self"), "heads": (1, 2, 3), "context_width": None,
         "in_channels": 3, "out_channels": 3, "dropout": 0.1, "sample_size": 32,

@@ -6,13 +6,14 @@ import torch
 
 from diffusionbook.autoencoders import VAE, VAEConfig
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
+from diffusionbook.glide import GlideText, GlideTextConfig, clip_guidance, keep_known
 from diffusionbook.samplers import SAMPLERS, sample, timesteps
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.stable_diffusion import StableDiffusion
 from diffusionbook.text import TextConfig, TextEncoder
 from diffusionbook.unet import UNet, UNetConfig
 
-UNETS = ["sd15", "sd15-inpaint", "sd21", "ddpm-cifar10", "emoji-latent"]
+UNETS = ["sd15", "sd15-inpaint", "sd21", "ddpm-cifar10", "emoji-latent", "emoji-upsampler"]
 META = torch.device("meta")
 
 
@@ -79,6 +80,17 @@ def test_every_part_of_a_condition():
     denoise = Denoiser(model, NoiseSchedule.scaled_linear(), condition=condition)
     answer = classifier_free(denoise, condition, scale=7)(x, 3)
     assert answer.x0.device == META and answer.x0.shape == x.shape
+
+
+def test_glide_with_guidance_by_gradient():
+    with META:
+        text, unet = GlideText(GlideTextConfig()), UNet(UNetConfig.preset("glide"))
+    condition = text(torch.empty(1, 128, dtype=torch.int64, device=META), torch.empty(1, 128, dtype=bool, device=META))
+    denoise = Denoiser(unet, NoiseSchedule.cosine(), condition=condition)
+    wanted = torch.empty(1, 3, device=META)
+    guided = clip_guidance(denoise, lambda x, t: x.mean((2, 3)), wanted, scale=3.0)
+    x, mask = torch.empty(1, 3, 64, 64, device=META), torch.empty(1, 1, 64, 64, dtype=bool, device=META)
+    assert keep_known(guided, x, mask)(x, 3).x0.device == META
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
