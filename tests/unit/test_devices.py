@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionbook.autoencoders import VAE, VAEConfig
+from diffusionbook.autoencoders import VAE, TinyVAE, VAEConfig
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
 from diffusionbook.samplers import SAMPLERS, sample, timesteps
 from diffusionbook.schedules import NoiseSchedule
@@ -45,6 +45,13 @@ def test_vae(preset):
     assert cloud.mean.shape == (2, 4, side // 8, side // 8)
     restored, _ = model(images, torch.empty_like(cloud.mean))
     assert restored.shape == images.shape and restored.device == META
+    assert model.decode(model.encode(images, tile=32).mean, tile=32).device == META
+
+
+def test_tiny_vae():
+    model = on_meta(TinyVAE, "taesd")
+    z = model.encode(torch.empty(2, 3, 64, 64, device=META))
+    assert z.shape == (2, 4, 8, 8) and model.decode(z).shape == (2, 3, 64, 64) and model.decode(z).device == META
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sd21", "emoji"])
