@@ -193,16 +193,17 @@ class JudgeConfig:
     groups: tuple[str, ...]  # Unicode's groups: "food & drink", …
     tones: tuple[str | None, ...]  # skin tones, None among them
     styles: tuple[str, ...] = STYLES
-    channels: tuple[int, ...] = (64, 128, 256, 256)  # one block each, at half the picture's width and down from there
+    patch: int = 4  # pixels on a side that the first layer takes together: sixteen times fewer places to look at
+    channels: tuple[int, ...] = (96, 192, 320)  # one block each, at 1/patch of the picture's width and down from there
 
     @classmethod
     def from_config(cls, config: dict) -> "JudgeConfig":
         """Read what `to_config` wrote."""
-        return cls(**{name: tuple(value) for name, value in config.items()})
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
 
     def to_config(self) -> dict:
         """A dict that JSON can hold."""
-        return {name: list(value) for name, value in asdict(self).items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 class Judge(Model):
@@ -218,7 +219,7 @@ class Judge(Model):
     def __init__(self, config: JudgeConfig):
         super().__init__(config)
         widths = config.channels
-        self.stem = nn.Conv2d(12, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(3 * config.patch**2, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(
             ResidualBlock(before, width) for before, width in zip((widths[0], *widths), widths, strict=False)
         )
@@ -233,10 +234,10 @@ class Judge(Model):
 
     def features(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], H and W multiples of 16 → one vector each, (B, channels[-1])."""
-        check_images(images, multiple=2 ** len(self.config.channels))
-        x = self.stem(F.pixel_unshuffle(images, 2))  # (B, channels[0], H/2, W/2)
+        check_images(images, multiple=self.config.patch * 2 ** (len(self.config.channels) - 1))
+        x = self.stem(F.pixel_unshuffle(images, self.config.patch))  # (B, channels[0], H/patch, W/patch)
         for level, block in enumerate(self.blocks):
-            x = block(F.avg_pool2d(x, 2) if level else x)  # (B, channels[level], H/2^(level+1), …)
+            x = block(F.avg_pool2d(x, 2) if level else x)  # (B, channels[level], H/patch/2^level, …)
         return F.silu(self.norm(x)).mean((2, 3))  # (B, channels[-1])
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
