@@ -6,6 +6,7 @@ import torch
 
 from diffusionbook.autoencoders import VAE, TinyVAE, VAEConfig
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
+from diffusionbook.dvae import DVAE, VQ, gumbel_noise
 from diffusionbook.samplers import SAMPLERS, sample, timesteps
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.stable_diffusion import StableDiffusion
@@ -52,6 +53,20 @@ def test_tiny_vae():
     model = on_meta(TinyVAE, "taesd")
     z = model.encode(torch.empty(2, 3, 64, 64, device=META))
     assert z.shape == (2, 4, 8, 8) and model.decode(z).shape == (2, 3, 64, 64) and model.decode(z).device == META
+
+
+@pytest.mark.parametrize("preset", ["openai", "emoji"])
+@pytest.mark.parametrize("kind", [DVAE, VQ])
+def test_discrete_autoencoders(kind, preset):
+    model = on_meta(kind, preset).eval()
+    side = model.config.sample_size
+    images, places = torch.empty(1, 3, side, side, device=META), side // model.factor
+    codes = model.encode(images)
+    assert codes.device == META and codes.shape == (1, places, places)
+    assert model.decode(codes).device == META and model.decode(codes).shape == images.shape
+    noise = (gumbel_noise((1, model.config.codes, places, places)),) if kind is DVAE else ()
+    output, other = model(images, *noise, **({"temperature": 1.0} if kind is DVAE else {}))
+    assert output.device == other.device == META and output.shape == (1, 6, side, side)
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sd21", "emoji"])
