@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionbook.autoencoders import VAE, VAEConfig
+from diffusionbook.autoencoders import VAE, TinyVAE, VAEConfig
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
+from diffusionbook.dvae import DVAE, VQ, gumbel_noise
 from diffusionbook.glide import GlideText, GlideTextConfig, clip_guidance, keep_known
 from diffusionbook.samplers import SAMPLERS, sample, timesteps
 from diffusionbook.schedules import NoiseSchedule
@@ -46,6 +47,27 @@ def test_vae(preset):
     assert cloud.mean.shape == (2, 4, side // 8, side // 8)
     restored, _ = model(images, torch.empty_like(cloud.mean))
     assert restored.shape == images.shape and restored.device == META
+    assert model.decode(model.encode(images, tile=32).mean, tile=32).device == META
+
+
+def test_tiny_vae():
+    model = on_meta(TinyVAE, "taesd")
+    z = model.encode(torch.empty(2, 3, 64, 64, device=META))
+    assert z.shape == (2, 4, 8, 8) and model.decode(z).shape == (2, 3, 64, 64) and model.decode(z).device == META
+
+
+@pytest.mark.parametrize("preset", ["openai", "emoji"])
+@pytest.mark.parametrize("kind", [DVAE, VQ])
+def test_discrete_autoencoders(kind, preset):
+    model = on_meta(kind, preset).eval()
+    side = model.config.sample_size
+    images, places = torch.empty(1, 3, side, side, device=META), side // model.factor
+    codes = model.encode(images)
+    assert codes.device == META and codes.shape == (1, places, places)
+    assert model.decode(codes).device == META and model.decode(codes).shape == images.shape
+    noise = (gumbel_noise((1, model.config.codes, places, places)),) if kind is DVAE else ()
+    output, other = model(images, *noise, **({"temperature": 1.0} if kind is DVAE else {}))
+    assert output.device == other.device == META and output.shape == (1, 6, side, side)
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sd21", "emoji"])
