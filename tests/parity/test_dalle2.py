@@ -1,4 +1,4 @@
-"""Chapter 18 against diffusers' networks and schedulers: a tiny Karlo, stage by stage and whole, and Karlo's own names."""
+"""Chapter 18 against diffusers: a tiny Karlo, stage by stage and whole, and the names in Karlo's own files."""
 
 import json
 
@@ -279,7 +279,8 @@ def karlo_names(networks):
             for end in ("weight", "bias")}
     text["model.cf_param"] = state["learned_classifier_free_guidance_embeddings"]
     unet = to_guided_diffusion(decoder.state_dict(), head_width=decoder.config.head_width())
-    upsamplers = {f"{prefix}.{key}": tensor for prefix, network in (("model_first_steps", first), ("model_last_step", last))
+    both = (("model_first_steps", first), ("model_last_step", last))
+    upsamplers = {f"{prefix}.{key}": tensor for prefix, network in both
                   for key, tensor in to_guided_diffusion(network.state_dict(), head_width=None).items()}
     return text | {f"model.{key}": tensor for key, tensor in unet.items()}, upsamplers
 
@@ -311,9 +312,9 @@ def test_karlos_names_for_the_public_sizes():
     total = sum(network.count_parameters() for network in networks)
     assert total == 1_022_030_080 + 7_878_400 + 885_439_686 + 2 * 691_579_523
     decoder, upsamplers = karlo_names(networks)
-    text = {key.removeprefix("model."): tensor for key, tensor in decoder.items()
-            if key.removeprefix("model.").startswith(("text_", "clip_", "cf_"))}
-    unet = {key.removeprefix("model."): tensor for key, tensor in decoder.items() if key.removeprefix("model.") not in text}
+    decoder = {key.removeprefix("model."): tensor for key, tensor in decoder.items()}
+    text = {key: tensor for key, tensor in decoder.items() if key.startswith(("text_", "clip_", "cf_"))}
+    unet = {key: tensor for key, tensor in decoder.items() if key not in text}
     check_keys(networks[1].state_dict(), rename(text, TextProjection.dialects))
     for state, network, width in ((unet, networks[2], 64),
                                   ({key.removeprefix("model_last_step."): tensor for key, tensor in upsamplers.items()

@@ -206,7 +206,8 @@ def test_impossible_wishes(tiny, wish, message):
 def test_parts_that_do_not_belong_together(tiny):
     parts = {"text_encoder": tiny.text_encoder, "tokenizer": tiny.tokenizer, "prior": tiny.prior,
              "text_projection": tiny.text_projection, "decoder": tiny.decoder}
-    others = {"prior": Denoiser(DiffusionPrior(PriorConfig(embedding=8, words=10, width=16, layers=1, heads=2)), COSINE),
+    small = DiffusionPrior(PriorConfig(embedding=8, words=10, width=16, layers=1, heads=2))
+    others = {"prior": Denoiser(small, COSINE),
               "text_projection": TextProjection(TextProjectionConfig(12, 32, 24)),
               "text_encoder": tiny.clip.text_model}
     for name, part in others.items():
