@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .autoencoders import VAE, VAEConfig
 from diffusionbook.checkpoints import (
-    OPENAI_TEXT, locate, read_json, read_tensors, rename, split_qkv, write_atomically,
+    OPENAI_TEXT, from_latent_diffusion_vae, locate, read_json, read_tensors, rename, split_qkv, write_atomically,
 )
 from .data import to_pil
 from .denoising import Condition, Denoiser, Wrapped, classifier_free
@@ -139,6 +139,8 @@ def read_single_file(path, *, dtype: torch.dtype = torch.float32, tokenizer: Tok
     def build(network: type, config, tensors: dict):
         with torch.device("meta"):
             model = network(config)
+        if network is VAE:
+            tensors = from_latent_diffusion_vae(tensors, model.state_dict())
         return model.load(tensors, dtype=dtype, where=f"{path}, {network.subfolder}").eval()
 
     config, text = ldm_text_encoder(parts["text_encoder"])
@@ -409,8 +411,7 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → pictures (B, 3, H, W) in [-1, 1]."""
-        parts = latents.split(1) if self.memory == "low" else [latents]
-        images = torch.cat([self.vae.decode(part).float() for part in parts])
+        images = self.vae.decode(latents, tile=256 if self.memory == "low" else None).float()
         if not images.is_meta and not images.isfinite().all():
             raise self._lost(self.vae, partial(self.vae.decode, latents))
         return images.clamp(-1, 1)

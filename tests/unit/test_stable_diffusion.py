@@ -417,6 +417,7 @@ def ldm_painter(*, modern):
                            schedule=NoiseSchedule.scaled_linear(), prediction="v" if modern else "epsilon")
 
 
+@pytest.mark.filterwarnings("ignore:.*there is room for:UserWarning")
 @pytest.mark.parametrize("modern", [False, True], ids=["Stable Diffusion 1", "Stable Diffusion 2"])
 def test_a_single_file_gives_the_same_pipeline(tmp_path, modern):
     painter = ldm_painter(modern=modern)
