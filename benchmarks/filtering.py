@@ -172,7 +172,7 @@ def peak(mode: str, size: list[int]) -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
     run, u = MODES[mode], picture(*size)
-    run(picture(*[16] * len(size)))
+    run(picture(*[n // 8 for n in size]))  # what a first run loads is not the picture's
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
     before = resident("VmRSS")
     run(u)

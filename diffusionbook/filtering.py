@@ -110,7 +110,7 @@ def _strips(u: Tensor, axis: int = 2) -> list[tuple[int, int]]:
     n = u.shape[axis]
     if u.requires_grad or u.device.type != "cpu":
         return [(0, n)]
-    rows = max(1, 2**17 * n // u.numel())
+    rows = max(1, 2**16 * n // u.numel())
     return [(first, min(first + rows, n)) for first in range(0, n, rows)]
 
 
