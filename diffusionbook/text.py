@@ -16,7 +16,7 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -384,7 +384,8 @@ def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+# gelu_new is GPT-2's: the curve of gelu by a formula with tanh
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
 # %% ../book/13_text.ipynb #8b899be9
 @dataclass(frozen=True)
