@@ -6,6 +6,7 @@ import torch
 
 from diffusionbook.autoencoders import VAE, TinyVAE, VAEConfig
 from diffusionbook.clip import CLIP, contrastive_loss
+from diffusionbook.dalle import DalleTransformer, sample_codes
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
 from diffusionbook.dvae import DVAE, VQ, gumbel_noise
 from diffusionbook.glide import GlideText, GlideTextConfig, clip_guidance, keep_known
@@ -69,6 +70,19 @@ def test_discrete_autoencoders(kind, preset):
     noise = (gumbel_noise((1, model.config.codes, places, places)),) if kind is DVAE else ()
     output, other = model(images, *noise, **({"temperature": 1.0} if kind is DVAE else {}))
     assert output.device == other.device == META and output.shape == (1, 6, side, side)
+
+
+@pytest.mark.parametrize("preset", ["dalle", "emoji"])
+def test_dalle(preset):
+    model = on_meta(DalleTransformer, preset)
+    c = model.config
+    ids = torch.empty(2, c.text_length, dtype=torch.int64, device=META)
+    codes = torch.empty(2, c.places, dtype=torch.int64, device=META)
+    value, _ = model.loss(ids, codes)
+    assert value.device == META
+    written = sample_codes(model, ids, start=codes[:, :-3], unconditional=ids[:1], guidance=2.0, top_k=9, top_p=0.9,
+                           progress=False)
+    assert written.device == META and written.shape == codes.shape
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sd21", "emoji"])
