@@ -43,6 +43,7 @@ $(VENV)/.tests-are-installed: pyproject.toml constraints.txt | $(PY)
 book: $(VENV)/.book-is-installed
 	rm -rf _build
 	$(VENV)/bin/jupyter-book build . -W -n --keep-going
+	$(PY) tools/export_page.py _build/html/_static/paint/models
 	@echo "The book is built. Open this file in a browser:"
 	@echo "$(CURDIR)/_build/html/index.html"
 
