@@ -1,4 +1,4 @@
-"""Quality per network call: KID of the miniature Stable Diffusion for each sampler, number of network calls and guidance.
+"""Quality per network call: KID of the miniature Stable Diffusion for each sampler, number of calls and guidance.
 
     python benchmarks/quality.py --samplers dpmpp_2m --calls 15    # the two that are to be compared first
     python benchmarks/quality.py --samplers ddim --calls 50
