@@ -109,6 +109,7 @@ class Condition:
     context: Tensor | None = None  # (B, M, width): tokens for cross-attention
     embedding: Tensor | None = None  # (B, time_width): added to the time embedding
     concat: Tensor | None = None  # (B, extra channels, H, W): beside the noisy picture
+    mask: Tensor | None = None  # (B, M): False at tokens of the context that only fill the row
 
     def parts(self) -> dict[str, Tensor]:
         """The parts that are there, by name."""

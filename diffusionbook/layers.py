@@ -136,11 +136,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, heads: int,
            mask: torch.Tensor | None = None) -> torch.Tensor:
     """Answer queries (B, N, C) by values (B, M, C), weighted by how well their keys (B, M, C) fit: (B, N, C).
 
-    Each of the `heads` compares its own piece of the vectors. `mask` (B, M) is False at places not to listen to.
+    Each of the `heads` compares its own piece of the vectors. `mask` (B, M), or (B, N, M) where each query has its own,
+    is False at places not to listen to.
     (Vaswani et al. 2017, section 3.2.) Defined in chapter 06.
     """
     q, k, v = (split_heads(part, heads) for part in (q, k, v))  # (B, heads, N or M, d)
-    mask = None if mask is None else mask[:, None, None, :]
+    mask = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None, :]
     # The fused function is the fast one, but for one case: its backward pass on a CPU in bfloat16, for short rows.
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= 256:
         mixed = attention_weights(q, k, mask) @ v
@@ -152,17 +153,18 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, heads: int,
 class Attention(nn.Module):
     """Multi-head attention from (B, N, width) to a context (B, M, context_width), by default to itself.
 
-    `bias` is that of the query, key and value projections; `mask` (B, M) is False at places not to listen to.
-    (Vaswani et al. 2017, section 3.2.) Raises `ValueError` for heads that don't divide the width. Defined in
-    chapter 06.
+    `bias` is that of the query, key and value projections; `mask` is that of `attend`. `upcast` compares in float32,
+    for networks whose scores overflow float16. (Vaswani et al. 2017, section 3.2.) Raises `ValueError` for heads
+    that don't divide the width. Defined in chapter 06.
     """
 
-    def __init__(self, width: int, *, heads: int, context_width: int | None = None, bias: bool = False):
+    def __init__(self, width: int, *, heads: int, context_width: int | None = None, bias: bool = False,
+                 upcast: bool = False):
         super().__init__()
         if width % heads:
             raise ValueError(f"{width} channels can't be split into {heads} heads; choose a divisor of {width}")
         context_width = context_width or width
-        self.heads = heads
+        self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k = nn.Linear(context_width, width, bias=bias)
         self.to_v = nn.Linear(context_width, width, bias=bias)
@@ -171,8 +173,10 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None,
                 mask: torch.Tensor | None = None) -> torch.Tensor:
         context = x if context is None else context
-        mixed = attend(self.to_q(x), self.to_k(context), self.to_v(context), heads=self.heads, mask=mask)
-        return self.to_out[0](mixed)
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        if self.upcast:
+            return self.to_out[0](attend(q.float(), k.float(), v.float(), heads=self.heads, mask=mask).to(q.dtype))
+        return self.to_out[0](attend(q, k, v, heads=self.heads, mask=mask))
 
 
 class AttentionBlock(Attention):
@@ -238,12 +242,12 @@ class TransformerBlock(nn.Module):
     Defined in chapter 06.
     """
 
-    def __init__(self, width: int, *, heads: int, context_width: int):
+    def __init__(self, width: int, *, heads: int, context_width: int, upcast: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, heads=heads)
+        self.attn1 = Attention(width, heads=heads, upcast=upcast)
         self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, heads=heads, context_width=context_width)
+        self.attn2 = Attention(width, heads=heads, context_width=context_width, upcast=upcast)
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
@@ -256,18 +260,18 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Flatten a map (B, C, H, W), run transformer blocks with a text context (B, M, context_width), fold back, add.
 
-    `linear=True` projects with linear layers as Stable Diffusion 2 does, otherwise with 1×1 convolutions.
-    (Rombach et al. 2022, section 3.3.) Defined in chapter 06.
+    `linear=True` projects with linear layers as Stable Diffusion 2 does, otherwise with 1×1 convolutions; `upcast`
+    is that of `Attention`. (Rombach et al. 2022, section 3.3.) Defined in chapter 06.
     """
 
     def __init__(self, channels: int, *, heads: int, context_width: int, depth: int = 1, linear: bool = False,
-                 groups: int = 32):
+                 upcast: bool = False, groups: int = 32):
         super().__init__()
         self.linear = linear
         self.norm = group_norm(channels, groups, 1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, heads=heads, context_width=context_width) for _ in range(depth)
+            TransformerBlock(channels, heads=heads, context_width=context_width, upcast=upcast) for _ in range(depth)
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.flatten, self.unflatten = SpatialFlatten(), SpatialUnflatten()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['extract', 'fid', 'Estimate', 'kid', 'PrecisionRecall', 'nearest_neighbours', 'precision_recall', 'data_copying',
-           'JudgeConfig', 'Judge']
+           'inception_features', 'JudgeConfig', 'Judge']
 
 # %% ../book/10_metrics.ipynb #9774177c
 from collections.abc import Callable
@@ -184,6 +184,23 @@ def data_copying(train: Tensor, unseen: Tensor, fake: Tensor, *, features: Calla
     farther = (torch.searchsorted(others, painted) + torch.searchsorted(others, painted, right=True)) / 2  # (n,)
     return Estimate(1 - farther.double().mean().item() / m, ((n + m + 1) / (12 * n * m)) ** 0.5)
 
+# %% ../book/10_metrics.ipynb #a17342a4
+def inception_features(network: nn.Module) -> Callable:
+    """The feature extractor of the literature: torchvision's Inception v3 without its last layer.
+
+    `network` is `torchvision.models.inception_v3(weights="DEFAULT")`; it loses its last layer for good. Returns a
+    function from pictures (B, 3, H, W) in [-1, 1] to (B, 2048). Papers use a port of other weights, and other ways to
+    resize: scores are comparable with each other, not with theirs (Parmar et al. 2022). Defined in chapter 10.
+    """
+    network.fc, network.transform_input = nn.Identity(), False  # our range is the one it was trained on
+    network.eval()
+
+    def features(images: Tensor) -> Tensor:
+        check_images(images)
+        return network(F.interpolate(images, (299, 299), mode="bilinear", antialias=True))
+
+    return features
+
 # %% ../book/10_metrics.ipynb #35e1a937
 @dataclass(frozen=True)
 class JudgeConfig:
@@ -193,16 +210,17 @@ class JudgeConfig:
     groups: tuple[str, ...]  # Unicode's groups: "food & drink", …
     tones: tuple[str | None, ...]  # skin tones, None among them
     styles: tuple[str, ...] = STYLES
-    channels: tuple[int, ...] = (64, 128, 256, 256)  # one block each, at half the picture's width and down from there
+    patch: int = 4  # pixels on a side that the first layer takes together: sixteen times fewer places to look at
+    channels: tuple[int, ...] = (96, 192, 320)  # one block each, at 1/patch of the picture's width and down from there
 
     @classmethod
     def from_config(cls, config: dict) -> "JudgeConfig":
         """Read what `to_config` wrote."""
-        return cls(**{name: tuple(value) for name, value in config.items()})
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
 
     def to_config(self) -> dict:
         """A dict that JSON can hold."""
-        return {name: list(value) for name, value in asdict(self).items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 class Judge(Model):
@@ -218,7 +236,7 @@ class Judge(Model):
     def __init__(self, config: JudgeConfig):
         super().__init__(config)
         widths = config.channels
-        self.stem = nn.Conv2d(12, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(3 * config.patch**2, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(
             ResidualBlock(before, width) for before, width in zip((widths[0], *widths), widths, strict=False)
         )
@@ -233,10 +251,10 @@ class Judge(Model):
 
     def features(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], H and W multiples of 16 → one vector each, (B, channels[-1])."""
-        check_images(images, multiple=2 ** len(self.config.channels))
-        x = self.stem(F.pixel_unshuffle(images, 2))  # (B, channels[0], H/2, W/2)
+        check_images(images, multiple=self.config.patch * 2 ** (len(self.config.channels) - 1))
+        x = self.stem(F.pixel_unshuffle(images, self.config.patch))  # (B, channels[0], H/patch, W/patch)
         for level, block in enumerate(self.blocks):
-            x = block(F.avg_pool2d(x, 2) if level else x)  # (B, channels[level], H/2^(level+1), …)
+            x = block(F.avg_pool2d(x, 2) if level else x)  # (B, channels[level], H/patch/2^level, …)
         return F.silu(self.norm(x)).mean((2, 3))  # (B, channels[-1])
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

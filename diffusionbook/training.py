@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIGIT_FONTS', 'SAVED', 'generator_for', 'DenoisingLoss', 'warmup_cosine', 'EMA', 'add_gradients', 'mean_loss',
-           'first_bad_module', 'train', 'balanced_weights', 'digits', 'save_denoiser', 'load_denoiser', 'read_recipe',
-           'run_recipe']
+           'has_bf16', 'first_bad_module', 'train', 'balanced_weights', 'digits', 'save_denoiser', 'load_denoiser',
+           'read_recipe', 'run_recipe']
 
 # %% ../book/08_training.ipynb #580cdc15
 import json
@@ -178,6 +178,15 @@ def mean_loss(net: nn.Module, dataset, loss, *, batch: int = 64, seed: int = 0, 
             value = loss(net, _take(dataset, index, device), generator_for(seed, part))
         total += len(index) * (value[0] if isinstance(value, tuple) else value).item()
     return total / len(dataset)
+
+# %% ../book/08_training.ipynb #8e93d879
+def has_bf16(device) -> bool:
+    """Does `device` compute in bfloat16, so that it is worth training in it? Defined in chapter 08."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+    capability = torch.backends.cpu.get_cpu_capability()
+    return device.type == "cpu" and capability not in ("DEFAULT", "NO AVX", "AVX2")
 
 # %% ../book/08_training.ipynb #47f854ea
 def first_bad_module(net: nn.Module, run: Callable[[], object]) -> str | None:
@@ -469,6 +478,7 @@ def run_recipe(path, *, folder, device="cpu", steps: int | None = None, progress
     recipe = read_recipe(path)
     if steps is not None:
         recipe["train"]["steps"] = steps
+    recipe["train"]["bf16"] = recipe["train"].get("bf16", False) and has_bf16(device)
 
     def build(table: str, make: Callable, *given):
         try:
@@ -484,13 +494,13 @@ def run_recipe(path, *, folder, device="cpu", steps: int | None = None, progress
     if classes:
         recipe["network"]["classes"] = len(classes) + 1
         loss = replace(loss, empty={"embedding": 0})
-    net = build("network", _unet).to(device)
+    net = build("network", _unet).to(device, memory_format=torch.channels_last)
     numbers = {name: i for i, name in enumerate(["", *classes])}
     data, unseen = (
         StackDataset(x0=x0, embedding=torch.tensor([numbers[name] for name in names])) if classes else x0
         for x0, names in ((pictures, told), (others, others_told))
     )
-    validate = partial(mean_loss, net, unseen, replace(loss, drop=0.0), bf16=recipe["train"].get("bf16", False))
+    validate = partial(mean_loss, net, unseen, replace(loss, drop=0.0), bf16=recipe["train"]["bf16"])
     fit = partial(train, net, data, loss, weights=balanced_weights(names), folder=folder, progress=progress,
                   evaluate=lambda: {"validation": validate()})
     average = build("train", fit)

@@ -35,7 +35,8 @@ LEVELS = {
     "residual": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D", "UNetMidBlock2D"),
 }
 
-_SD21 = {"heads": (5, 10, 20, 20), "context_width": 1024, "linear_projection": True, "sample_size": 96}
+_SD21 = {"heads": (5, 10, 20, 20), "context_width": 1024, "linear_projection": True, "upcast_attention": True,
+         "sample_size": 96}
 _GUIDED = {"in_channels": 3, "out_channels": 6, "scale_shift": True, "residual_resampling": True}
 _GLIDE = _GUIDED | {
     "channels": (192, 384, 576, 768), "attention": (None, "added", "added", "added"), "heads": (3, 6, 9, 12),
@@ -84,6 +85,15 @@ PRESETS: Mapping[str, dict] = {
         "channels": (128, 256), "attention": ("cross", "cross"), "heads": (4, 4), "layers_per_block": 1,
         "context_width": 192, "sample_size": 8,
     },
+    "emoji-decoder": _GUIDED | {  # GLIDE and DALL·E 2 in miniature: noisy picture, masked picture, mask
+        "channels": (96, 192), "attention": ("added", "added"), "heads": (3, 6), "layers_per_block": 1,
+        "context_width": 192, "in_channels": 7, "sample_size": 16,
+    },
+    "emoji-upsampler": {  # three quarters of its work is at full size, so few channels there
+        "channels": (32, 64, 128), "attention": (None, None, None), "middle": None, "heads": (1, 1, 1),
+        "layers_per_block": 1, "context_width": None, "in_channels": 6, "out_channels": 3, "groups": 16,
+        "residual_resampling": True, "scale_shift": True,
+    },
     "emoji-32": {
         "channels": (64, 128, 192), "attention": (None, "self", "self"), "heads": (1, 2, 3), "context_width": None,
         "in_channels": 3, "out_channels": 3, "dropout": 0.1, "sample_size": 32,
@@ -113,6 +123,7 @@ class UNetConfig:
     context_width: int | None = 768  # width of the words' vectors; None for a network that reads no words
     classes: int | None = None  # size of the table of class vectors, for a network that is told a class
     linear_projection: bool = False  # Stable Diffusion 2 enters and leaves attention by linear layers
+    upcast_attention: bool = False  # and compares queries with keys in float32, because float16 overflows
     residual_resampling: bool = False  # guided diffusion halves and doubles inside residual blocks, not by convolution
     scale_shift: bool = False  # in guided diffusion time also multiplies, and does not only add
     dropout: float = 0.0  # in residual blocks; 0.1 keeps a network from learning few pictures by heart
@@ -190,6 +201,7 @@ class UNetConfig:
                 "_class_name": "UNet2DConditionModel",
                 "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
                 "cross_attention_dim": self.context_width,
+                "upcast_attention": self.upcast_attention,
                 "use_linear_projection": self.linear_projection,
             }
         if self.middle is None and kinds:
@@ -254,6 +266,7 @@ class UNetConfig:
             context_width=config["cross_attention_dim"] if reads else None,
             classes=config.get("num_class_embeds"),
             linear_projection=config.get("use_linear_projection", False),
+            upcast_attention=bool(config.get("upcast_attention", False)),
             residual_resampling=config.get("downsample_type") == "resnet"
             or bool({"SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"} & set(downs)),
             scale_shift=config.get("resnet_time_scale_shift") == "scale_shift",
@@ -379,7 +392,7 @@ def _attention(config: UNetConfig, level: int, kind: str) -> AttentionBlock | Sp
     width, heads, context_width = config.channels[level], config.heads[level], config.context_width
     if kind == "cross":
         return SpatialTransformer(width, heads=heads, context_width=context_width, linear=config.linear_projection,
-                                  groups=config.groups)
+                                  upcast=config.upcast_attention, groups=config.groups)
     if kind == "added":
         return AttentionBlock(width, heads=heads, context_width=context_width, groups=config.groups, eps=1e-5)
     return AttentionBlock(width, heads=heads, groups=config.groups, eps=config.eps)
@@ -445,11 +458,19 @@ class UNet(Model):
         if embedding is not None:
             time = time + (embedding if embedding.is_floating_point() else self.class_embedding(embedding))
         words = {"context": context, "mask": mask}
+        x, memories = self.descend(x, time, words)
+        return self.ascend(x, memories, time, words)
+
+    def descend(self, x: torch.Tensor, time: torch.Tensor, words: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The way down and through the middle: what came out, and the memories left for the way up, the last first."""
         x = self.conv_in(x)
         memories = [x]
         for block in self.down_blocks:
             x = block(x, time, words, memories)
-        x = self.mid_block(x, time, words)
+        return self.mid_block(x, time, words), memories
+
+    def ascend(self, x: torch.Tensor, memories: list[torch.Tensor], time: torch.Tensor, words: dict) -> torch.Tensor:
+        """The way up to the output; it uses the memories up."""
         for block in self.up_blocks:
             x = block(x, time, words, memories)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -19,7 +19,7 @@ from diffusionbook.denoising import diffusion_loss
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.stable_diffusion import StableDiffusion
 from diffusionbook.text import TextConfig, TextEncoder, train_bpe
-from diffusionbook.training import balanced_weights, mean_loss, train
+from diffusionbook.training import balanced_weights, has_bf16, mean_loss, train
 from diffusionbook.unet import UNet, UNetConfig
 
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone gives varied pictures
@@ -76,10 +76,10 @@ def main(folder: Path, steps: int) -> None:
 
     def unseen_error(split: str) -> float:
         return mean_loss(networks, unseen[split], lambda networks, batch, generator: velocity_error(
-            networks, **batch, generator=generator), seed=1, bf16=True)
+            networks, **batch, generator=generator), seed=1, bf16=has_bf16(device))
 
     average = train(networks, pictures, loss, weights=balanced_weights([a["name"] for a in data.attributes]),
-                    steps=steps, lr=8e-4, warmup=200, ema=0.998, bf16=True, folder=folder,
+                    steps=steps, lr=8e-4, warmup=200, ema=0.998, bf16=has_bf16(device), folder=folder,
                     evaluate=lambda: {"validation_loss": unseen_error("validation")})
     average.swap(networks)
     StableDiffusion(vae=vae, unet=networks["unet"], text_encoder=networks["text_encoder"], tokenizer=tokenizer,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from diffusionbook.autoencoders import VAE, VAEConfig
 from diffusionbook.data import emoji, pick_device
-from diffusionbook.training import train
+from diffusionbook.training import has_bf16, train
 
 BATCH = 32
 KL_WEIGHT = 3e-6  # per latent number and relative to a loss per pixel: keeps the space smooth, costs little detail
@@ -69,8 +69,8 @@ def main(folder: Path, steps: int) -> None:
     pictures, unseen = emoji("train").images().to(device), emoji("validation").images().to(device)
     torch.manual_seed(0)
     vae = VAE(VAEConfig.preset("emoji")).to(device, memory_format=torch.channels_last)
-    average = train(vae, pictures, restore, batch=BATCH, steps=steps, lr=1.2e-3, folder=folder, ema=0.995, bf16=True,
-                    evaluate=lambda: {"psnr": psnr(vae, unseen)})
+    average = train(vae, pictures, restore, batch=BATCH, steps=steps, lr=1.2e-3, folder=folder, ema=0.995,
+                    bf16=has_bf16(device), evaluate=lambda: {"psnr": psnr(vae, unseen)})
     average.swap(vae)
     standardise(vae, pictures[:: max(1, len(pictures) // 2000)])
     vae.save_pretrained(SHIPPED / "vae", dtype=torch.float16)

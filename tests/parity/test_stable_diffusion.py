@@ -48,6 +48,8 @@ def theirs_paints(reference, captions=CAPTIONS, **options):
     reference.set_progress_bar_config(disable=True)
     latents = starting_noise((len(captions), 4, 8, 8), seed=3)
     options = {"num_inference_steps": 10, "guidance_scale": 5.0, "height": 64, "width": 64} | options
+    if reference.scheduler.config.get("rescale_betas_zero_snr"):
+        options["guidance_rescale"] = 0.7  # what we do by default there
     return reference(captions, latents=latents, output_type="pt", **options).images * 2 - 1
 
 
@@ -132,6 +134,86 @@ def test_we_open_schedulers_as_public_checkpoints_have_them(public):
         "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
         "clip_sample": False}))
     assert_same_pictures(ours_paints(StableDiffusion.from_pretrained(folder)), theirs_paints(reference))
+
+
+# Tiny pipelines that diffusers made: Stable Diffusion 1 and 2 in every respect but size
+
+VERSIONS = {
+    1: {"unet": {"attention_head_dim": 4}, "text": {"hidden_act": "quick_gelu"}, "pad": "eos",
+        "scheduler": {"prediction_type": "epsilon"}},
+    2: {"unet": {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True},
+        "text": {"hidden_act": "gelu"}, "pad": "zero", "scheduler": {"prediction_type": "v_prediction"}},
+    "2 without signal at the end": {
+        "unet": {"attention_head_dim": [2, 4], "use_linear_projection": True}, "text": {"hidden_act": "gelu"},
+        "pad": "zero", "scheduler": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}},
+}
+
+
+def made_by_diffusers(folder, version, *, in_channels=4):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    made, sizes = VERSIONS[version], {"vocab_size": 530, "max_position_embeddings": 12}
+    torch.manual_seed(0)
+    tokenizer = train_bpe(CAPTIONS, 530, context_length=12, pad=made["pad"])
+    tokenizer.save_pretrained(folder / "ours")
+    text = CLIPTextModel(CLIPTextConfig(hidden_size=16, intermediate_size=64, num_hidden_layers=3, eos_token_id=529,
+                                        bos_token_id=528, num_attention_heads=2, **sizes, **made["text"])).eval()
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 24), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), sample_size=8,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, norm_num_groups=8,
+        cross_attention_dim=16, in_channels=in_channels, **made["unet"]).eval()
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, scaling_factor=0.7, sample_size=64).eval()
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
+        timestep_spacing="trailing", steps_offset=1, **made["scheduler"])
+    randomise(unet, text)
+    kind = diffusers.StableDiffusionInpaintPipeline if in_channels == 9 else diffusers.StableDiffusionPipeline
+    reference = kind(vae=vae, unet=unet, text_encoder=text, tokenizer=CLIPTokenizer.from_pretrained(folder / "ours"),
+                     scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    reference.save_pretrained(folder / "theirs")
+    return reference
+
+
+def assert_same_latents(ours, reference, captions=CAPTIONS, **options):
+    states = []
+    ours_paints(ours, captions, on_step=lambda i, x, answer: states.append(x), **options)
+    theirs = theirs_latents(reference, captions)
+    assert (states[-1] - theirs).abs().max() <= 1e-4 * max(1, theirs.abs().max())
+
+
+def theirs_latents(reference, captions):
+    options = {"guidance_rescale": 0.7} if reference.scheduler.config.rescale_betas_zero_snr else {}
+    return reference(captions, latents=starting_noise((len(captions), 4, 8, 8), seed=3), output_type="latent",
+                     num_inference_steps=10, guidance_scale=5.0, height=64, width=64, **options).images
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_diffusers_made_paints_the_same_and_back_again(tmp_path, version):
+    reference = made_by_diffusers(tmp_path, version)
+    ours = StableDiffusion.from_pretrained(tmp_path / "theirs")
+    assert_same_pictures(ours_paints(ours), theirs_paints(reference))
+    assert_same_latents(ours, reference)
+    ours.save_pretrained(tmp_path / "back")
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "back")
+    assert torch.equal(theirs_paints(again), theirs_paints(reference))
+
+
+def test_skipping_the_last_blocks_means_the_same(tmp_path):
+    reference = made_by_diffusers(tmp_path, 1).text_encoder
+    ours = StableDiffusion.from_pretrained(tmp_path / "theirs")
+    states = reference(ours.tokenizer(CAPTIONS), output_hidden_states=True).hidden_states
+    wanted = reference.final_layer_norm(states[-2])
+    assert torch.allclose(ours.encode_text(CAPTIONS, clip_skip=1), wanted, atol=1e-5)
+    assert (ours.encode_text(CAPTIONS) - wanted).abs().mean() > 0.01
+
+
+def test_sharded_weights_paint_the_same(tmp_path):
+    reference = made_by_diffusers(tmp_path, 1)
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards/unet").glob("*-of-*.safetensors"))) > 1
+    assert_same_pictures(ours_paints(StableDiffusion.from_pretrained(tmp_path / "shards")), theirs_paints(reference))
 
 
 @pytest.mark.filterwarnings("ignore")

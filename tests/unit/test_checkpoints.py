@@ -15,6 +15,7 @@ from diffusionbook import checkpoints
 from diffusionbook.checkpoints import (
     OLD_DIFFUSERS,
     OLD_TRANSFORMERS,
+    OPENAI_TEXT,
     Model,
     check_keys,
     from_guided_diffusion,
@@ -22,8 +23,10 @@ from diffusionbook.checkpoints import (
     locate,
     read_json,
     read_tensors,
+    read_weights,
     rename,
     sha256,
+    split_qkv,
     to_guided_diffusion,
     verify,
     write_atomically,
@@ -279,7 +282,8 @@ def test_other_keys_are_refused(saved):
         Small.from_pretrained(folder)
 
 
-def test_pickles_are_never_read(saved):
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_programs_in_pickles_never_run(saved):
     _, folder = saved
     (folder / WEIGHTS).unlink()
     without_sums(folder)
@@ -290,7 +294,7 @@ def test_pickles_are_never_read(saved):
 
     for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.ckpt"):
         (folder / name).write_bytes(pickle.dumps(Boom()))
-    with pytest.raises(FileNotFoundError, match=WEIGHTS):
+    with pytest.raises(ValueError, match="perhaps a program, and was not opened"):
         Small.from_pretrained(folder)
     (folder / WEIGHTS).write_bytes(pickle.dumps(Boom()))  # nor under another name
     with pytest.raises(ValueError, match="not safetensors"):
@@ -406,3 +410,65 @@ def test_queries_keys_and_values_are_stacked_in_either_order(head_width, rows):
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
     with pytest.raises(ValueError, match=r"missing 'middle_block.1.qkv.bias'; nearest there: \S+"):
         from_guided_diffusion({k: v for k, v in theirs.items() if k != "middle_block.1.qkv.bias"}, state, head_width=2)
+
+
+# Pickles, shards and other people's names
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+def test_a_pickle_with_tensors_is_read(tmp_path):
+    state = {"w": torch.arange(3.0), "b": torch.ones(2)}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "model.ckpt")
+    torch.save(state, tmp_path / "model.bin")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("model.ckpt", "model.bin", "old.pt"):
+        found = read_tensors(tmp_path / name)
+        assert found.keys() == state.keys() and torch.equal(found["w"], state["w"])
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
+    torch.save({"w": torch.ones(1), "more": Trap()}, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match="perhaps a program, and was not opened"):
+        read_tensors(tmp_path / "model.ckpt")
+    assert "this ran" not in capsys.readouterr().out
+    (tmp_path / "model.ckpt").write_bytes((tmp_path / "model.ckpt").read_bytes()[:100])
+    with pytest.raises(ValueError, match="model.ckpt"):
+        read_tensors(tmp_path / "model.ckpt")
+
+
+def test_weights_come_in_shards_in_halves_and_in_older_files(tmp_path):
+    one, two = {"a": torch.ones(1)}, {"b": torch.zeros(2)}
+    name = "diffusion_pytorch_model.safetensors"
+    torch.save(one, tmp_path / "diffusion_pytorch_model.bin")
+    assert read_weights(tmp_path, name).keys() == {"a"}
+    save_file(two, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    assert read_weights(tmp_path, name).keys() == {"b"}
+    save_file(one, tmp_path / "m-1.safetensors")
+    save_file(two, tmp_path / "m-2.safetensors")
+    index = {"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}
+    (tmp_path / f"{name}.index.json").write_text(json.dumps(index))
+    assert read_weights(tmp_path, name).keys() == {"a", "b"}
+    (tmp_path / "m-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="m-2.safetensors is missing"):
+        read_weights(tmp_path, name)
+    (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": {"a": "../m.safetensors"}}))
+    with pytest.raises(ValueError, match="files of its own folder"):
+        read_weights(tmp_path, name)
+    save_file(one, tmp_path / name)
+    assert read_weights(tmp_path, name).keys() == {"a"}
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        read_weights(tmp_path / "nowhere", "model.safetensors")
+
+
+def test_stacked_attention_is_cut_in_three():
+    stacked = {"a.attn.in_proj_weight": torch.arange(12.0).view(6, 2), "a.attn.in_proj_bias": torch.arange(6.0),
+               "ln_final.weight": torch.ones(2), "logit_scale": torch.ones(())}
+    found = rename(split_qkv(stacked), OPENAI_TEXT)
+    assert found.keys() == {f"a.self_attn.{n}_proj.{k}" for n in "qkv" for k in ("weight", "bias")} | {
+        "final_layer_norm.weight"}
+    assert torch.equal(found["a.self_attn.k_proj.weight"], torch.tensor([[4.0, 5.0], [6.0, 7.0]]))
+    assert torch.equal(found["a.self_attn.v_proj.bias"], torch.tensor([4.0, 5.0]))

@@ -257,6 +257,15 @@ def test_conditions_with_other_parts_do_not_stack():
         words(1.0).stack(Condition(embedding=torch.ones(1, 5)))
 
 
+def test_a_mask_goes_to_the_network_and_is_stacked():
+    told = Condition(context=torch.ones(1, 2, 5), mask=torch.tensor([[True, False]]))
+    empty = Condition(context=torch.zeros(1, 2, 5), mask=torch.tensor([[True, True]]))
+    calls = []
+    network = lambda x, t, context, mask: calls.append(mask) or torch.zeros_like(x)  # noqa: E731
+    classifier_free(Denoiser(network, NoiseSchedule.cosine(), condition=told), empty, scale=2)(torch.randn(1, 7), 3)
+    assert calls[0].tolist() == [[True, False], [True, True]] and calls[0].dtype == torch.bool
+
+
 def test_guidance_keeps_the_variance_of_the_conditional_answer():
     network = lambda x, t, context: torch.cat([x * context, context * torch.ones_like(x)], dim=1)  # noqa: E731
     x, _ = batch(2)

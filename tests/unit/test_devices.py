@@ -4,15 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionbook.autoencoders import VAE, VAEConfig
+from diffusionbook.autoencoders import VAE, TinyVAE, VAEConfig
+from diffusionbook.clip import CLIP, contrastive_loss
+from diffusionbook.dalle import DalleTransformer, sample_codes
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
+from diffusionbook.dvae import DVAE, VQ, gumbel_noise
+from diffusionbook.glide import GlideText, GlideTextConfig, clip_guidance, keep_known
 from diffusionbook.samplers import SAMPLERS, sample, timesteps
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.stable_diffusion import StableDiffusion
 from diffusionbook.text import TextConfig, TextEncoder
 from diffusionbook.unet import UNet, UNetConfig
 
-UNETS = ["sd15", "sd15-inpaint", "sd21", "ddpm-cifar10", "emoji-latent"]
+UNETS = ["sd15", "sd15-inpaint", "sd21", "ddpm-cifar10", "emoji-latent", "emoji-upsampler"]
 META = torch.device("meta")
 
 
@@ -45,6 +49,40 @@ def test_vae(preset):
     assert cloud.mean.shape == (2, 4, side // 8, side // 8)
     restored, _ = model(images, torch.empty_like(cloud.mean))
     assert restored.shape == images.shape and restored.device == META
+    assert model.decode(model.encode(images, tile=32).mean, tile=32).device == META
+
+
+def test_tiny_vae():
+    model = on_meta(TinyVAE, "taesd")
+    z = model.encode(torch.empty(2, 3, 64, 64, device=META))
+    assert z.shape == (2, 4, 8, 8) and model.decode(z).shape == (2, 3, 64, 64) and model.decode(z).device == META
+
+
+@pytest.mark.parametrize("preset", ["openai", "emoji"])
+@pytest.mark.parametrize("kind", [DVAE, VQ])
+def test_discrete_autoencoders(kind, preset):
+    model = on_meta(kind, preset).eval()
+    side = model.config.sample_size
+    images, places = torch.empty(1, 3, side, side, device=META), side // model.factor
+    codes = model.encode(images)
+    assert codes.device == META and codes.shape == (1, places, places)
+    assert model.decode(codes).device == META and model.decode(codes).shape == images.shape
+    noise = (gumbel_noise((1, model.config.codes, places, places)),) if kind is DVAE else ()
+    output, other = model(images, *noise, **({"temperature": 1.0} if kind is DVAE else {}))
+    assert output.device == other.device == META and output.shape == (1, 6, side, side)
+
+
+@pytest.mark.parametrize("preset", ["dalle", "emoji"])
+def test_dalle(preset):
+    model = on_meta(DalleTransformer, preset)
+    c = model.config
+    ids = torch.empty(2, c.text_length, dtype=torch.int64, device=META)
+    codes = torch.empty(2, c.places, dtype=torch.int64, device=META)
+    value, _ = model.loss(ids, codes)
+    assert value.device == META
+    written = sample_codes(model, ids, start=codes[:, :-3], unconditional=ids[:1], guidance=2.0, top_k=9, top_p=0.9,
+                           progress=False)
+    assert written.device == META and written.shape == codes.shape
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sd21", "emoji"])
@@ -54,6 +92,20 @@ def test_text_encoder(preset):
     hidden = model(ids)
     assert hidden.device == META and hidden.shape == (*ids.shape, model.config.width)
     assert model.pooled(hidden, ids).device == META
+
+
+@pytest.mark.parametrize("preset", ["vit-l-14", "emoji"])
+def test_clip(preset):
+    model = on_meta(CLIP, preset)
+    c = model.config
+    images = torch.empty(2, 3, c.vision.image_size, c.vision.image_size, device=META)
+    ids = torch.empty(2, c.text.context_length, dtype=torch.int64, device=META)
+    image = model.encode_image(images, torch.empty(2, 5, dtype=torch.int64, device=META))
+    states, text = model.text_states(ids)
+    assert image.shape == text.shape == (2, c.projection) and states.shape == (*ids.shape, c.text.width)
+    loss = contrastive_loss(image, model.encode_text(ids), model.logit_scale,
+                            right=torch.empty(2, 2, dtype=torch.bool, device=META))
+    assert loss.device == image.device == text.device == states.device == META
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
@@ -79,6 +131,17 @@ def test_every_part_of_a_condition():
     denoise = Denoiser(model, NoiseSchedule.scaled_linear(), condition=condition)
     answer = classifier_free(denoise, condition, scale=7)(x, 3)
     assert answer.x0.device == META and answer.x0.shape == x.shape
+
+
+def test_glide_with_guidance_by_gradient():
+    with META:
+        text, unet = GlideText(GlideTextConfig()), UNet(UNetConfig.preset("glide"))
+    condition = text(torch.empty(1, 128, dtype=torch.int64, device=META), torch.empty(1, 128, dtype=bool, device=META))
+    denoise = Denoiser(unet, NoiseSchedule.cosine(), condition=condition)
+    wanted = torch.empty(1, 3, device=META)
+    guided = clip_guidance(denoise, lambda x, t: x.mean((2, 3)), wanted, scale=3.0)
+    x, mask = torch.empty(1, 3, 64, 64, device=META), torch.empty(1, 1, 64, 64, dtype=bool, device=META)
+    assert keep_known(guided, x, mask)(x, 3).x0.device == META
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])

@@ -215,6 +215,14 @@ def test_a_mask_hides_words_as_if_they_were_not_there():
         assert close(layer(x[i:i + 1], kept)[0], masked[i]) and close(block(image[i:i + 1], kept)[0], answer[i])
 
 
+def test_each_query_may_have_a_mask_of_its_own():
+    q, k, v = (torch.randn(2, 4, 8) for _ in range(3))
+    causal = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 4, 4)
+    masked = attend(q, k, v, heads=2, mask=causal)
+    for i in range(4):
+        assert close(attend(q[:, i:i + 1], k[:, :i + 1], v[:, :i + 1], heads=2), masked[:, i:i + 1])
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_half_precision_learns_as_full_precision(masked):
     """On a CPU short rows are multiplied out instead of going to the fused function; the answers must not differ."""

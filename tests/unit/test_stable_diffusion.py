@@ -1,19 +1,25 @@
 """Chapter 19: the whole pipeline, tiny with random weights, and the miniature that ships."""
 
 import json
+import re
+from dataclasses import replace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffusionbook.checkpoints import locate, sha256
+from diffusionbook.autoencoders import VAE, VAEConfig
+from diffusionbook.checkpoints import locate, sha256, to_guided_diffusion, to_latent_diffusion_vae
 from diffusionbook.data import from_pil, to_pil
 from diffusionbook.denoising import Condition, Denoiser
 from diffusionbook.samplers import dpmpp_2m, starting_noise, timesteps
-from diffusionbook.stable_diffusion import PARTS, StableDiffusion
-from diffusionbook.text import TextConfig, TextEncoder
+from diffusionbook.schedules import NoiseSchedule
+from diffusionbook.stable_diffusion import PARTS, StableDiffusion, offload
+from diffusionbook.text import TextConfig, TextEncoder, train_bpe
+from diffusionbook.unet import UNet, UNetConfig
 
 CAPTION = "red heart, noto style"
 FAST = {"steps": 4, "progress": False}
@@ -126,9 +132,10 @@ def test_size_is_height_and_width(tiny):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"size": (60, 64)}, r"multiples of 8, got \(60, 64\)"),
+    ({"size": (60, 64)}, r"multiples of 16, got \(60, 64\)"),  # 8 for the VAE, 2 for the U-Net
     ({"size": (0, 64)}, "multiples of"),
-    ({"size": (72, 64)}, "multiples of"),  # good enough for the VAE, but the U-Net halves once more
+    ({"size": (72, 64)}, "multiples of 16"),
+    ({"size": 64}, r"\(height, width\) in pixels, got 64"),
     ({"n": 0}, "n must be at least 1"),
     ({"output": "numpy"}, 'output "pil" or "tensor"'),
     ({"steps": 0}, "1…1000"),
@@ -155,6 +162,116 @@ def test_parts_that_do_not_belong_together_are_refused(tiny):
         StableDiffusion(text_encoder=other, **parts)
     with pytest.raises(ValueError, match="epsilon, x0, v"):
         StableDiffusion(text_encoder=tiny.text_encoder, prediction="v_prediction", **parts)
+
+
+def test_vectors_may_stand_for_captions(tiny):
+    context = tiny.encode_text([CAPTION, "pizza"])
+    assert context.shape == (2, 12, 16)
+    images = tiny(context, output="tensor", **FAST)
+    assert torch.allclose(images, tiny([CAPTION, "pizza"], output="tensor", **FAST), atol=1e-4)
+    assert tiny(context[:1], n=2, **FAST)[1].info["seed"] == "1"
+
+
+def test_clip_skip_leaves_out_the_last_blocks(tiny):
+    encoder = TextEncoder(replace(tiny.text_encoder.config, layers=3)).eval()
+    parts = {name: getattr(tiny, name) for name in ("vae", "unet", "tokenizer", "schedule", "prediction")}
+    painter = StableDiffusion(text_encoder=encoder, **parts)
+    short = TextEncoder(replace(tiny.text_encoder.config, layers=2)).eval()
+    short.load_state_dict(encoder.state_dict(), strict=False)
+    painter_short = StableDiffusion(text_encoder=short, **parts)
+    skipped = painter(CAPTION, clip_skip=1, output="tensor", **FAST)
+    assert torch.equal(skipped, painter_short(CAPTION, output="tensor", **FAST))
+    assert not torch.equal(skipped, painter(CAPTION, output="tensor", **FAST))
+    with pytest.raises(ValueError, match=r"skip must lie in \[0, 2\]"):
+        painter(CAPTION, clip_skip=3, **FAST)
+
+
+def test_guidance_is_rescaled_where_the_schedule_ends_without_signal(tiny):
+    parts = {name: getattr(tiny, name) for name in ("vae", "unet", "text_encoder", "tokenizer", "prediction")}
+    silent = StableDiffusion(schedule=NoiseSchedule.scaled_linear().zero_terminal_snr(), **parts)
+    paint = lambda painter, **options: painter(CAPTION, guidance=6, output="tensor", **FAST, **options)  # noqa: E731
+    assert torch.equal(paint(silent), paint(silent, rescale=0.7))
+    assert not torch.equal(paint(silent), paint(silent, rescale=0.0))
+    assert torch.equal(paint(tiny), paint(tiny, rescale=0.0))
+
+
+# What a picture says about itself
+
+
+def test_a_saved_picture_says_how_it_was_made(tiny, tmp_path):
+    first, second = tiny(CAPTION, n=2, seed=5, negative="pizza", guidance=4.0, **FAST)
+    second.save(tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as found:
+        told = found.text
+    assert told == {"software": "diffusionbook", "model": "", "caption": CAPTION, "negative": "pizza", "seed": "6",
+                    "guidance": "4.0", "steps": "4", "sampler": "dpmpp_2m"}
+    assert first.info["seed"] == "5"
+    second.save(tmp_path / "picture.jpg")
+    (plain,) = tiny(CAPTION, metadata=False, **FAST)
+    plain.save(tmp_path / "plain.png")
+    with Image.open(tmp_path / "plain.png") as found:
+        assert found.text == {}
+    second.resize((8, 8)).save(tmp_path / "small.png")
+    with Image.open(tmp_path / "small.png") as found:
+        assert found.text == {}
+
+
+# What went wrong
+
+
+def test_nan_is_traced_to_a_layer_and_a_remedy_is_named(tiny):
+    for network, where in ((tiny.unet, "mid_block.resnets.1.conv2"), (tiny.vae, "decoder.mid_block.resnets.0.conv1")):
+        layer = network.get_submodule(where)
+        kept = layer.bias.data
+        layer.bias.data = torch.full_like(kept, 3e38)
+        layer.weight.data *= 1e38
+        try:
+            with pytest.raises(FloatingPointError, match=rf"began in .*{re.escape(where)}.* of the {network.subfolder},"
+                                                         r" computed in torch.float32; load the pipeline with dtype"):
+                tiny(CAPTION, **FAST)
+        finally:
+            layer.bias.data, layer.weight.data = kept, layer.weight.data / 1e38
+
+
+def test_what_a_long_caption_loses_is_said(tiny):
+    tiny.tokenizer._warned = False
+    with pytest.warns(UserWarning, match="there is room for 10; this part was cut: '.*n'"):
+        tiny("pizza " * 20 + "pan", **FAST)
+
+
+def test_a_network_for_inpainting_says_so(tiny):
+    parts = {name: getattr(tiny, name) for name in ("vae", "text_encoder", "tokenizer", "schedule", "prediction")}
+    unet = UNet(replace(tiny.unet.config, in_channels=9))
+    with pytest.raises(ValueError, match="5 more channels, a mask and a picture: call inpaint"):
+        StableDiffusion(unet=unet, **parts)(CAPTION, **FAST)
+
+
+def test_what_does_not_exist_is_an_attribute_error(tiny):
+    with pytest.raises(AttributeError, match="no attribute 'upscale'"):
+        tiny.upscale  # noqa: B018
+
+
+# Little memory
+
+
+def test_blocks_come_to_the_device_only_while_they_run(tiny):
+    unet = UNet(tiny.unet.config).eval()
+    before = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    offload(unet, "meta")
+    places = []
+    unet.mid_block.resnets[0].conv1.register_forward_hook(
+        lambda *_: places.append((unet.mid_block.resnets[0].conv1.weight.device.type, unet.conv_in.weight.device.type)))
+    out = unet(*(torch.empty(shape, device="meta") for shape in ((1, 4, 8, 8), (1,), (1, 3, 16))))
+    assert out.device.type == "meta" and places == [("meta", "cpu")]
+    assert all(p.device.type == "cpu" and torch.equal(p, before[name]) for name, p in unet.named_parameters())
+
+
+def test_low_memory_paints_the_same(saved, tiny):
+    low = StableDiffusion.from_pretrained(saved, memory="low").to("cpu")
+    images = low(CAPTION, n=2, output="tensor", **FAST)
+    assert torch.allclose(images, tiny(CAPTION, n=2, output="tensor", **FAST), atol=0.02)
+    with pytest.raises(ValueError, match='"low" or None'):
+        StableDiffusion.from_pretrained(saved, memory="little")
 
 
 # To disk and back
@@ -234,6 +351,135 @@ def test_an_unknown_target_is_refused(saved):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "flow"}))
     with pytest.raises(ValueError, match="prediction_type='flow'"):
         StableDiffusion.from_pretrained(saved)
+
+
+def test_truncated_weights_are_refused(saved):
+    path = saved / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    (saved / "unet/SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="damaged or not safetensors"):
+        StableDiffusion.from_pretrained(saved)
+
+
+# A single file with the original names
+
+
+def ldm_text(encoder, *, modern):
+    state = encoder.state_dict()
+    if not modern:
+        return {f"transformer.text_model.{key}": tensor for key, tensor in state.items()} | {
+            "transformer.text_model.embeddings.position_ids": torch.arange(encoder.config.context_length)[None]}
+    renamed, layers = {}, encoder.config.layers
+    names = [("embeddings.token_embedding.", "token_embedding."), ("embeddings.position_embedding.weight",
+             "positional_embedding"), ("encoder.layers.", "transformer.resblocks."), ("layer_norm", "ln_"),
+             ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("self_attn", "attn"), ("final_ln_.", "ln_final.")]
+    for key, tensor in state.items():
+        for ours, theirs in names:
+            key = key.replace(ours, theirs)
+        renamed[f"model.{key.replace('final_layer_norm', 'ln_final')}"] = tensor
+    for i in range(layers):
+        for kind in ("weight", "bias"):
+            stem = f"model.transformer.resblocks.{i}.attn"
+            parts = [renamed.pop(f"{stem}.{name}_proj.{kind}") for name in "qkv"]
+            renamed[f"{stem}.in_proj_{kind}"] = torch.cat(parts)
+    unused = {key.replace(f"resblocks.{layers - 1}.", f"resblocks.{layers}."): torch.randn_like(tensor)
+              for key, tensor in renamed.items() if f"resblocks.{layers - 1}." in key}
+    return renamed | unused | {"model.logit_scale": torch.ones(()), "model.text_projection": torch.ones(2, 2)}
+
+
+def single_file(painter, *, modern):
+    state = {f"model.diffusion_model.{key}": tensor
+             for key, tensor in to_guided_diffusion(painter.unet.state_dict(), head_width=None).items()}
+    state |= to_latent_diffusion_vae(painter.vae.state_dict())
+    text = ldm_text(painter.text_encoder, modern=modern)
+    state |= {f"cond_stage_model.{key}": tensor for key, tensor in text.items()}
+    state |= {"betas": painter.schedule.betas.float(), "alphas_cumprod": painter.schedule.alpha_bar.float(),
+              "model_ema.decay": torch.ones(())}
+    return {key: tensor.contiguous() for key, tensor in state.items()}
+
+
+def ldm_painter(*, modern):
+    """A small pipeline that follows the rules by which a single file is read."""
+    torch.manual_seed(1)
+    tokenizer = train_bpe([CAPTION], 516, context_length=12, pad="zero" if modern else "eos")
+    encoder = TextEncoder(TextConfig(vocab_size=516, context_length=12, width=64, layers=2, heads=1,
+                                     activation="gelu" if modern else "quick_gelu", pad_id=tokenizer.pad_id)).eval()
+    heads = {"heads": (1, 2), "linear_projection": True, "upcast_attention": True} if modern else {"heads": (8, 8)}
+    unet = UNet(UNetConfig(channels=(64, 128), attention=("cross", None), context_width=64, layers_per_block=1,
+                           sample_size=96 if modern else 64, **heads)).eval()
+    vae = VAE(VAEConfig(channels=(32, 32, 64), layers_per_block=1)).eval()
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        for p in encoder.embeddings.parameters():
+            p.normal_()
+    return StableDiffusion(vae=vae, unet=unet, text_encoder=encoder, tokenizer=tokenizer,
+                           schedule=NoiseSchedule.scaled_linear(), prediction="v" if modern else "epsilon")
+
+
+@pytest.mark.filterwarnings("ignore:.*there is room for:UserWarning")
+@pytest.mark.parametrize("modern", [False, True], ids=["Stable Diffusion 1", "Stable Diffusion 2"])
+def test_a_single_file_gives_the_same_pipeline(tmp_path, modern):
+    painter = ldm_painter(modern=modern)
+    state = single_file(painter, modern=modern)
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save({"state_dict": state, "global_step": 1}, tmp_path / "model.ckpt")
+    options = {"size": (32, 32), "output": "tensor", **FAST}
+    wanted = painter(CAPTION, **options)
+    for name in ("model.safetensors", "model.ckpt"):
+        found = StableDiffusion.from_pretrained(tmp_path / name, tokenizer=painter.tokenizer)
+        assert found.name == "model" and found.prediction == painter.prediction
+        for part in ("unet", "vae", "text_encoder"):
+            ours, theirs = getattr(painter, part), getattr(found, part)
+            changed = {"sample_size": theirs.config.sample_size} if part != "text_encoder" else {
+                "eos_id": theirs.config.eos_id, "bos_id": theirs.config.bos_id}
+            assert replace(ours.config, **changed) == theirs.config
+            assert all(torch.equal(p, theirs.state_dict()[key]) for key, p in ours.state_dict().items())
+        assert torch.equal(found(CAPTION, **options), wanted)
+    base = StableDiffusion.from_pretrained(tmp_path / "model.ckpt", tokenizer=painter.tokenizer, prediction="epsilon")
+    assert base.prediction == "epsilon"
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    save_file({"model.diffusion_model.out.2.weight": torch.ones(1)}, tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match="lacks vae, text_encoder: no checkpoint of a whole"):
+        StableDiffusion.from_pretrained(tmp_path / "half.safetensors")
+
+
+# The Hub
+
+
+def test_only_what_is_needed_is_downloaded(saved, monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(repository, *, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    painter = StableDiffusion.from_pretrained("someone/a-model")
+    assert painter.name == "a-model"
+    ((repository, patterns),) = asked
+    assert repository == "someone/a-model"
+    assert "unet/diffusion_pytorch_model.safetensors" in patterns and "text_encoder/model.safetensors" in patterns
+    assert not any("safety" in pattern or ".bin" in pattern or ".ckpt" in pattern for pattern in patterns)
+    for name in ("unet/diffusion_pytorch_model.safetensors",):
+        (saved / name).unlink()
+    with pytest.raises((FileNotFoundError, ValueError)):
+        StableDiffusion.from_pretrained("someone/a-model")
+    assert any(".bin" in pattern for pattern in asked[-1][1])
+
+
+def test_without_a_connection_the_message_says_what_to_do(monkeypatch, tmp_path):
+    def snapshot_download(repository, *, allow_patterns):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder or file 'someone/a-model' here.*no route to host.*"
+                                                "downloaded elsewhere"):
+        StableDiffusion.from_pretrained("someone/a-model")
 
 
 # The miniature that ships

@@ -341,6 +341,21 @@ def test_public_options_that_this_network_does_not_compute_are_refused(changes, 
 
 
 def test_options_that_change_nothing_are_passed_over():
-    public = SMALL.to_config() | {"_diffusers_version": "0.2", "upcast_attention": True, "dropout": 0.0,
+    public = SMALL.to_config() | {"_diffusers_version": "0.2", "dropout": 0.0,
                                   "num_class_embeds": None, "class_embed_type": None}
     assert UNetConfig.from_config(public) == SMALL
+
+
+def test_attention_in_float32_is_kept_and_says_the_same():
+    up = dataclasses.replace(SMALL, upcast_attention=True)
+    assert UNetConfig.from_config(up.to_config()) == up and UNetConfig.preset("sd21").upcast_attention
+    plain, upcast = UNet(SMALL).eval(), UNet(up).eval()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.normal_(std=0.1)
+    upcast.load_state_dict(plain.state_dict())
+    x, t = torch.randn(1, SMALL.in_channels, 16, 16), torch.tensor([7])
+    context = torch.randn(1, 3, SMALL.context_width)
+    assert torch.equal(plain(x, t, context), upcast(x, t, context))
+    low = upcast.bfloat16()(x.bfloat16(), t, context.bfloat16())
+    assert low.dtype == torch.bfloat16 and low.isfinite().all()

@@ -1,0 +1,173 @@
+"""Train the miniature CLIP on the emoji: a text and a vision transformer that put captions and pictures in one space.
+
+    python recipes/emoji_clip.py [--folder runs/emoji_clip] [--steps 2800] [--hard]
+
+Most steps read only a part of each picture's patches, which costs a third (Li et al. 2023, "FLIP"); the last seventh
+reads them all. Resumable: the same command goes on where it stopped. At the end the weights go to
+diffusionbook/weights/emoji/clip. A caption without its style is true of other pictures in the batch too. With `--hard`
+these count as wrong (false negatives), to see what that costs; nothing is shipped then.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from diffusionbook.clip import CLIP, CLIPConfig, contrastive_loss, gather_rows, retrieval, zero_shot
+from diffusionbook.data import STYLES, compose_caption, emoji, pick_device
+from diffusionbook.text import Tokenizer
+from diffusionbook.training import balanced_weights, train
+
+BATCH = 64  # pictures drawn a step; each brings another of its name and one of its subgroup: 192 pairs
+KEPT = 24  # patches of 64 that are read in the first part; blank ones are the first to go
+WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone means any pizza
+UNSEEN = ("validation", "object_style", "tone_style")
+SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
+
+
+class Neighbours:
+    """For each picture the others that share its key, to draw one from: the hard negatives of a batch."""
+
+    def __init__(self, keys: list[str]):
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        self.order = torch.tensor(order)
+        self.place = torch.empty_like(self.order)
+        self.place[self.order] = torch.arange(len(keys))  # where a picture stands among the sorted
+        _, count = torch.unique_consecutive(torch.tensor([sorted(set(keys)).index(keys[i]) for i in order]),
+                                            return_counts=True)
+        first = (count.cumsum(0) - count).repeat_interleave(count)
+        self.first, self.count = first[self.place], count.repeat_interleave(count)[self.place]
+
+    def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Another picture with the same key for each of `index`; the same picture where it is the only one."""
+        first, count = self.first[index], self.count[index]
+        step = 1 + (torch.rand(len(index), generator=generator) * (count - 1)).long()
+        return self.order[first + (self.place[index] - first + step) % count]
+
+
+def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn, scale, shift and tint pictures (B, 3, 64, 64) a little, each in its own way; never mirror them."""
+    count = len(images)
+
+    def between(low: float, high: float, *shape: int) -> torch.Tensor:
+        return (low + (high - low) * torch.rand(count, *shape, generator=generator)).to(images.device)
+
+    angle, scale, shift = between(-0.15, 0.15), between(0.85, 1.15), between(-0.12, 0.12, 2)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2) * scale.view(-1, 1, 1)
+    grid = F.affine_grid(torch.cat([turn, shift[:, :, None]], 2), list(images.shape), align_corners=False)
+    moved = F.grid_sample(images - 1, grid, align_corners=False)  # what comes in from outside is white
+    return (moved * between(0.94, 1.06, 3, 1, 1) + 1).clamp(-1, 1)
+
+
+def choose_patches(images: torch.Tensor, patch: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """The numbers of `count` patches for each picture at random, blank ones last: (B, count)."""
+    contrast = (F.max_pool2d(images, patch) + F.max_pool2d(-images, patch)).amax(1).flatten(1)  # (B, patches)
+    chance = torch.rand(contrast.shape, generator=generator).to(images.device)
+    return (chance + (contrast > 0.1)).topk(count, dim=1).indices
+
+
+class Exam:
+    """The unseen pictures, their captions, and how well a CLIP brings them together."""
+
+    def __init__(self, tokenizer: Tokenizer, device: torch.device):
+        splits = [emoji(split) for split in UNSEEN]
+        self.attributes = [a for split in splits for a in split.attributes]
+        self.images = torch.cat([split.images() for split in splits]).to(device)
+        self.ids = tokenizer([caption for split in splits for caption in split.captions]).to(device)
+        known = emoji("train").attributes
+        names = sorted({a["name"] for a in known})
+        self.classes = {
+            "style": {style: [compose_caption(name, style=style) for name in names] for style in STYLES},
+            "group": {g: sorted({a["name"] for a in known if a["group"] == g}) for g in {a["group"] for a in known}},
+        }
+
+    @torch.no_grad()
+    def embeddings(self, clip: CLIP) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all unseen pictures and of their captions, both (N, D) and of length 1."""
+        return (F.normalize(torch.cat([clip.encode_image(part) for part in self.images.split(128)]), dim=1),
+                F.normalize(torch.cat([clip.encode_text(part) for part in self.ids.split(256)]), dim=1))
+
+    def retrieval(self, clip: CLIP) -> dict[str, float]:
+        """R@1 and R@5 both ways among 500 distinct captions, the mean over ten choices of them."""
+        image, text = self.embeddings(clip)
+        chosen = [torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))[:500] for seed in range(10)]
+        tables = [retrieval(image[part], text[part]) for part in chosen]
+        return {key: sum(table[key] for table in tables) / len(tables) for key in tables[0]}
+
+    def attributes_found(self, clip: CLIP) -> dict[str, float]:
+        """How often the most similar of all unseen captions has the picture's name, tone and style, and by chance."""
+        image, text = self.embeddings(clip)
+        best = (image @ text.T).argmax(1).tolist()
+        found = {}
+        for key in ("name", "tone", "style"):
+            values = [a[key] for a in self.attributes]
+            found[key] = sum(values[i] == values[j] for i, j in enumerate(best)) / len(best)
+            found[f"{key} by chance"] = sum(values.count(value) for value in values) / len(values) ** 2
+        return found
+
+    def zero_shot(self, clip: CLIP) -> dict[str, float]:
+        """How often the style and the group of an unseen picture are named, from the captions of all names."""
+        shares = {}
+        for key, classes in self.classes.items():
+            named = zero_shot(clip, self.images, classes).argmax(1).tolist()
+            labels = list(classes)
+            shares[key] = sum(labels[i] == a[key] for i, a in zip(named, self.attributes, strict=True)) / len(named)
+        return shares
+
+
+def main(folder: Path, steps: int, hard: bool) -> None:
+    device = pick_device()
+    data = emoji("train")
+    images = data.images().to(device)
+    names = [a["name"] for a in data.attributes]
+    tokenizer = Tokenizer.from_pretrained(SHIPPED / "tokenizer")
+    exam = Exam(tokenizer, device)
+    captions = [compose_caption(a["name"], tone=a["tone"], style=style) for a in data.attributes
+                for style in (a["style"], None)]
+    ids = tokenizer(captions).unflatten(0, (-1, 2)).to(device)  # (pictures, with and without style, 32)
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    number = torch.tensor([numbers[caption] for caption in captions], device=device).view(-1, 2)
+    same_name, same_subgroup = Neighbours(names), Neighbours([a["subgroup"] for a in data.attributes])
+
+    def loss(kept: int):
+        def contrast(clip: CLIP, index: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+            index = index.cpu()
+            index = torch.cat([index, same_name.draw(index, generator), same_subgroup.draw(index, generator)])
+            bare = (torch.rand(len(index), generator=generator) < WITHOUT_STYLE).long()  # captions without a style
+            index, bare = index.to(device), bare.to(device)
+            seen = vary(images[index], generator)
+            patches = choose_patches(seen, clip.config.vision.patch, kept, generator) if kept else None
+            image, text = clip.encode_image(seen, patches), clip.encode_text(ids[index, bare])
+            shown, said = gather_rows(number[index]), gather_rows(number[index, bare])
+            right = (shown[:, :, None] == said).any(1)  # text j is picture i's caption, with or without its style
+            value = contrastive_loss(gather_rows(image), gather_rows(text), clip.logit_scale,
+                                     right=None if hard else right)
+            return value, {"scale": clip.logit_scale.exp().item()}
+        return contrast
+
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig.preset("emoji")).to(device)
+    clip.tokenizer = tokenizer
+    whole = -(-steps // 7)
+
+    def learn(part: str, steps: int, lr: float, kept: int) -> None:
+        train(clip, torch.arange(len(images)), loss(kept), weights=balanced_weights(names), batch=BATCH, steps=steps,
+              lr=lr, weight_decay=0.1, ema=0.995, every=200, folder=folder / part,
+              evaluate=lambda: exam.retrieval(clip)).swap(clip)
+
+    learn("part", steps - whole, 1e-3, KEPT)
+    learn("whole", whole, 2e-4, 0)
+    if not hard:
+        clip.save_pretrained(SHIPPED / "clip", dtype=torch.float16)
+    for report in (exam.retrieval, exam.attributes_found, exam.zero_shot):
+        print({key: round(share, 3) for key, share in report(clip).items()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_clip"))
+    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--hard", action="store_true")
+    given = parser.parse_args()
+    main(given.folder, given.steps, given.hard)
