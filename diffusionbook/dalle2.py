@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODER', 'UPSAMPLER', 'PARTS', 'UPSAMPLING', 'OF_TEXT', 'TextProjectionConfig', 'TextProjection', 'enlarged',
-           'roughened', 'last_step', 'slerp', 'DallE2', 'resized', 'text_tower', 'karlo_parts']
+           'roughened', 'last_step', 'slerp', 'DallE2', 'CaptionOnly', 'resized', 'text_tower', 'save_scheduler',
+           'karlo_parts']
 
 # %% ../book/18_dalle2.ipynb #4264581d
 import json
@@ -22,11 +23,12 @@ from .checkpoints import Model, locate, read_json, read_tensors, read_weights, w
 from .clip import CLIP, CLIPConfig, VisionConfig
 from .data import check_images, from_pil, to_pil
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free
+from .glide import Glide, enlarge
 from .prior import FAR, DiffusionPrior, PriorConfig, clamped, sample_embedding, text_condition
 from .samplers import ddim_invert, sample, starting_noise, timesteps
 from .schedules import NoiseSchedule
 from .text import TextEncoder, Tokenizer, clip_tokenizer
-from .training import SAVED
+from .training import SAVED, load_denoiser, save_denoiser
 from .unet import UNet, UNetConfig
 
 # %% ../book/18_dalle2.ipynb #e2b5d926
@@ -195,13 +197,14 @@ class DallE2:
 
     A folder with Karlo's weights, in diffusers' layout or in its own, gives the public model to `from_pretrained`.
     Call the pipeline with a caption to get a list of pictures. `prior`, `decoder` and `upsampler` are `Denoiser`s of
-    a `DiffusionPrior` and of `UNet`s; `finisher` is the network of the upsampler's last step. With `clip`, which reads
-    pictures, there are also `variations`, `interpolate` and `text_diff`. Defined in chapter 18.
+    a `DiffusionPrior` and of `UNet`s; `finisher` is the network of the upsampler's last step, and `bilinear` says that
+    the upsampler learned from pictures enlarged as GLIDE's are. With `clip`, which reads pictures, there are also
+    `variations`, `interpolate` and `text_diff`. Defined in chapter 18.
     """
 
     def __init__(self, *, text_encoder: TextEncoder, tokenizer: Tokenizer, prior: Denoiser,
                  text_projection: TextProjection, decoder: Denoiser, upsampler: Denoiser | None = None,
-                 finisher: UNet | None = None, clip: CLIP | None = None, limit: float = 5.0):
+                 finisher: UNet | None = None, bilinear: bool = False, clip: CLIP | None = None, limit: float = 5.0):
         size, projection, unet = prior.network.config.embedding, text_projection.config, decoder.network.config
         for name, theirs, ours in [
             ("the text encoder's projection", text_encoder.config.projection, size),
@@ -216,7 +219,7 @@ class DallE2:
                 raise ValueError(f"{name} is {theirs}, and {ours} was expected; the parts don't belong together")
         self.text_encoder, self.tokenizer, self.clip = text_encoder, tokenizer, clip
         self.prior, self.text_projection, self.decoder = prior, text_projection, decoder
-        self.upsampler, self.finisher, self.limit = upsampler, finisher, limit
+        self.upsampler, self.finisher, self.bilinear, self.limit = upsampler, finisher, bilinear, limit
 
     def to(self, device) -> "DallE2":
         """Move all networks to a device and return the pipeline."""
@@ -300,7 +303,7 @@ class DallE2:
         """Small pictures (B, 3, h, w) in [-1, 1] → large ones, clamped; the last of the steps is the finisher's."""
         check_images(images)
         side = self.upsampler.network.config.sample_size
-        large = enlarged(images, side)
+        large = enlarge(images, (side, side)) if self.bilinear else enlarged(images, side)
         times = timesteps(self.upsampler.schedule, steps, spacing="linspace")
         denoise = replace(self.upsampler, condition=Condition(concat=large))
         guess = clamped(denoise, limit=1.0)
@@ -317,6 +320,10 @@ class DallE2:
     @property
     def _device(self) -> torch.device:
         return self.decoder.network.device
+
+    def without_prior(self) -> Glide:
+        """The same cascade as a `Glide`, which goes by the caption alone, and inpaints if the decoder learned to."""
+        return Glide(base=self.decoder, conditioner=CaptionOnly(self), upsampler=self.upsampler)
 
     # From a picture to others
 
@@ -407,7 +414,9 @@ class DallE2:
         parts |= {"prior": prior(DiffusionPrior.from_pretrained(folder / "prior", dtype=dtype)), "limit": limit,
                   "text_projection": TextProjection.from_pretrained(folder / "text_proj", dtype=dtype),
                   "decoder": decoder(UNet.from_pretrained(folder / "decoder", dtype=dtype))}
-        if (folder / "super_res_first").is_dir():
+        if (folder / "upsampler").is_dir():
+            parts |= {"upsampler": load_denoiser(folder / "upsampler")[0], "bilinear": True}
+        elif (folder / "super_res_first").is_dir():
             upsampler, _ = _read_scheduler(folder / "super_res_scheduler")
             parts["upsampler"] = upsampler(UNet.from_pretrained(folder / "super_res_first", dtype=dtype))
         if (folder / "super_res_last").is_dir():
@@ -420,7 +429,9 @@ class DallE2:
         networks = {"text_encoder": self.text_encoder, "prior": self.prior.network, "text_proj": self.text_projection,
                     "decoder": self.decoder.network}
         schedulers = {"prior_scheduler": (self.prior, self.limit), "decoder_scheduler": (self.decoder, 1.0)}
-        if self.upsampler is not None:
+        if self.bilinear and self.upsampler is not None:  # a kind that the public layout doesn't know
+            save_denoiser(folder / "upsampler", self.upsampler, dtype=dtype)
+        elif self.upsampler is not None:
             networks |= {"super_res_first": self.upsampler.network}
             networks |= {} if self.finisher is None else {"super_res_last": self.finisher}
             schedulers["super_res_scheduler"] = (self.upsampler, 1.0)
@@ -430,13 +441,23 @@ class DallE2:
         self.tokenizer.save_pretrained(folder / "tokenizer")
         if self.clip is not None:
             self.clip.save_pretrained(folder / "clip", dtype=dtype)
-        contents = {f"{name}/scheduler_config.json": _scheduler_config(*what) for name, what in schedulers.items()}
-        contents["model_index.json"] = {"_class_name": "UnCLIPPipeline", **parts}
-        for name, content in contents.items():
-            text = json.dumps(content, indent=2) + "\n"
-            write_atomically(folder / name, lambda path, text=text: Path(path).write_text(text, encoding="utf8"))
+        for name, (denoise, limit) in schedulers.items():
+            save_scheduler(folder / name, denoise, limit=limit)
+        _write_json(folder / "model_index.json", {"_class_name": "UnCLIPPipeline", **parts})
 
 # %% ../book/18_dalle2.ipynb #fa8b2f39
+@dataclass(frozen=True)
+class CaptionOnly:
+    """What tells a decoder captions and no image embedding, in the way that `Glide` asks. Defined in chapter 18."""
+
+    pipeline: DallE2
+
+    @torch.no_grad()
+    def condition(self, captions: list[str]) -> Condition:
+        """Context, embedding and mask for captions."""
+        return self.pipeline.text_projection(None, self.pipeline.read(captions))
+
+# %% ../book/18_dalle2.ipynb #0c21d16a
 def resized(images: Tensor, side: int) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] at another size, smoothly and still in [-1, 1]. Defined in chapter 18."""
     return images if images.shape[2:] == (side, side) else enlarged(images, side).clamp(-1, 1)
@@ -490,13 +511,23 @@ def _read_scheduler(folder: Path):
     return (partial(Denoiser, schedule=schedule, prediction=kinds[kind]), config.get("clip_sample_range", 1.0))
 
 
-def _scheduler_config(denoise: Denoiser, limit: float) -> dict:
+def save_scheduler(folder, denoise: Denoiser, *, limit: float = 1.0) -> None:
+    """Write schedule and prediction of a denoiser, whose guesses lie in [-limit, limit], as diffusers has them.
+
+    Defined in chapter 18.
+    """
     config = denoise.schedule.to_config()
     public = config.get("beta_schedule") == "squaredcos_cap_v2" and denoise.prediction in ("epsilon", "x0")
     learned = getattr(denoise.network.config, "out_channels", 3) == 6
-    return config | {"_class_name": "UnCLIPScheduler" if public else "DDPMScheduler", "clip_sample": True,
-                     "clip_sample_range": limit, "prediction_type": SAVED[denoise.prediction],
-                     "variance_type": "learned_range" if learned else "fixed_small_log"}
+    _write_json(Path(folder) / "scheduler_config.json", config | {
+        "_class_name": "UnCLIPScheduler" if public else "DDPMScheduler", "clip_sample": True,
+        "clip_sample_range": limit, "prediction_type": SAVED[denoise.prediction],
+        "variance_type": "learned_range" if learned else "fixed_small_log"})
+
+
+def _write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda path: Path(path).write_text(text, encoding="utf8"))
 
 
 def _read_karlo(folder: Path, dtype: torch.dtype) -> dict:

@@ -104,7 +104,7 @@ def test_clip(preset):
     states, text = model.text_states(ids)
     assert image.shape == text.shape == (2, c.projection) and states.shape == (*ids.shape, c.text.width)
     loss = contrastive_loss(image, model.encode_text(ids), model.logit_scale,
-                            captions=torch.empty(2, dtype=torch.int64, device=META))
+                            right=torch.empty(2, 2, dtype=torch.bool, device=META))
     assert loss.device == image.device == text.device == states.device == META
 
 
