@@ -48,7 +48,7 @@ def main(folder: Path, steps: int) -> None:
     attributes = {split: data.attributes for split, data in splits.items()}
     known = {key: {a[key] for a in attributes["train"]} for key in ("name", "group", "tone")}
     config = JudgeConfig(names=tuple(sorted(known["name"])), groups=tuple(sorted(known["group"])),
-                         tones=(None, *sorted(known["tone"] - {None})))
+                         tones=(None, *sorted(known["tone"] - {None})), patch=2, channels=(64, 128, 256, 256))
     torch.manual_seed(0)
     judge = Judge(config).to(device, memory_format=torch.channels_last)
 
