@@ -162,6 +162,7 @@ class Tokenizer:
         self._symbols = {i: symbol for symbol, i in self.vocab.items()}
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._bytes = {symbol: byte for byte, symbol in byte_symbols().items()}
+        self.added = {}  # words learned later, each with an id of its own
         self._cache, self._warned = {}, False
 
     @property
@@ -169,9 +170,19 @@ class Tokenizer:
         """Number of rows an embedding table needs."""
         return max(self.vocab.values()) + 1
 
+    def add(self, word, number):
+        """Let a new word, one run of letters, have the id `number` (textual inversion, chapter 20); not saved."""
+        if not regex.fullmatch(r"\p{L}+", word) or number in self._symbols:
+            raise ValueError(f"a new word must be one run of letters and its id new, got {word!r} and {number}")
+        symbol = "".join(self.spell(word.lower()))
+        self.added[word.lower()], self._symbols[number] = number, symbol
+        self._cache.clear()
+
     def _encode_word(self, word):
         if word in (self.bos, self.eos):
             return [self.vocab[word]]
+        if word in self.added:
+            return [self.added[word]]
         symbols = self.spell(word)
         while len(symbols) > 1:
             best = min(pairwise(symbols), key=lambda pair: self._ranks.get(pair, math.inf))
