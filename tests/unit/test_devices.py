@@ -6,6 +6,7 @@ import torch
 
 from diffusionbook.autoencoders import VAE, TinyVAE, VAEConfig
 from diffusionbook.clip import CLIP, contrastive_loss
+from diffusionbook.dalle import DalleTransformer, sample_codes
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
 from diffusionbook.dvae import DVAE, VQ, gumbel_noise
 from diffusionbook.editing import Controlled, ControlNet
@@ -83,6 +84,19 @@ def test_discrete_autoencoders(kind, preset):
     assert output.device == other.device == META and output.shape == (1, 6, side, side)
 
 
+@pytest.mark.parametrize("preset", ["dalle", "emoji"])
+def test_dalle(preset):
+    model = on_meta(DalleTransformer, preset)
+    c = model.config
+    ids = torch.empty(2, c.text_length, dtype=torch.int64, device=META)
+    codes = torch.empty(2, c.places, dtype=torch.int64, device=META)
+    value, _ = model.loss(ids, codes)
+    assert value.device == META
+    written = sample_codes(model, ids, start=codes[:, :-3], unconditional=ids[:1], guidance=2.0, top_k=9, top_p=0.9,
+                           progress=False)
+    assert written.device == META and written.shape == codes.shape
+
+
 @pytest.mark.parametrize("preset", ["sd15", "sd21", "emoji"])
 def test_text_encoder(preset):
     model = on_meta(TextEncoder, preset)
@@ -102,7 +116,7 @@ def test_clip(preset):
     states, text = model.text_states(ids)
     assert image.shape == text.shape == (2, c.projection) and states.shape == (*ids.shape, c.text.width)
     loss = contrastive_loss(image, model.encode_text(ids), model.logit_scale,
-                            captions=torch.empty(2, dtype=torch.int64, device=META))
+                            right=torch.empty(2, 2, dtype=torch.bool, device=META))
     assert loss.device == image.device == text.device == states.device == META
 
 
