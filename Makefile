@@ -35,8 +35,8 @@ $(VENV)/.book-is-installed: pyproject.toml constraints.txt | $(PY)
 $(VENV)/.tests-are-installed: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing what the tests need into $(VENV) (once; this takes minutes)"
 	$(PIP) install -q -c constraints.txt -e ".[test,book,train]"
-	@# Only its tokenizer is compared, which needs none of its dependencies (torchvision among them).
-	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch
+	@# Only a tokenizer and some formulas are compared, which need none of their dependencies (torchvision among them).
+	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch torch-fidelity
 	@touch $@ $(VENV)/.book-is-installed
 
 # --- the book ----------------------------------------------------------------------------------
