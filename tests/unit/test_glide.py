@@ -209,11 +209,11 @@ WORDS = ["red heart, noto style", "pizza, twemoji style", "grinning face, 3d sty
 class Words:
     """A tokenizer like GPT-2's: no beginning, filled up with the end token; too long a text is an error."""
 
-    def __call__(self, texts):
+    def __call__(self, texts, *, truncate=True):
         bpe, rows = train_bpe(WORDS, 540, context_length=40), []
         for row in bpe(texts).tolist():
             ids = row[1:row.index(539)]
-            if len(ids) > 12:
+            if len(ids) > 12 and not truncate:
                 raise ValueError(f"a text has {len(ids)} tokens, at most 12 fit")
             rows.append(ids + [539] * (12 - len(ids)))
         return torch.tensor(rows)
@@ -273,6 +273,16 @@ def test_unfit_ids_are_refused(ids, message):
         tiny_text()(ids)
     with pytest.raises(ValueError, match="the mask must be boolean"):
         tiny_text()(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3))
+
+
+def test_captions_are_read_by_gpt2s_tokenizer_in_lower_case():
+    torch.manual_seed(0)
+    text = GlideText(replace(GlideTextConfig(), width=16, layers=1, heads=2)).eval()
+    told = text.condition(["A red heart", "a red heart", ""])
+    assert told.context.shape == (3, 128, 16) and told.embedding.shape == (3, 768)
+    assert torch.equal(told.context[0], told.context[1]) and not torch.allclose(told.context[0], told.context[2])
+    with pytest.raises(ValueError, match="room for 128"):
+        text.condition(["heart " * 200])
 
 
 # The pipeline
