@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHARPEST', 'gumbel_noise', 'gumbel_softmax', 'uniform_kl', 'map_pixels', 'unmap_pixels', 'logit_laplace',
-           'DVAEConfig', 'Convolution', 'BottleneckBlock', 'Encoder', 'Decoder', 'DiscreteAutoencoder', 'middle',
-           'DVAE', 'restoration_loss', 'Annealed', 'perplexity', 'VQ']
+           'perplexity', 'DVAEConfig', 'Convolution', 'BottleneckBlock', 'Encoder', 'Decoder', 'DiscreteAutoencoder',
+           'middle', 'DVAE', 'restoration_loss', 'Annealed', 'VQ']
 
-# %% ../book/12_discrete_codes.ipynb #b1f0d331
+# %% ../book/12_discrete_codes.ipynb #27cc998a
 import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .checkpoints import Model
 from .data import check_images
 
-# %% ../book/12_discrete_codes.ipynb #1c9507fb
+# %% ../book/12_discrete_codes.ipynb #0147f406
 def gumbel_noise(shape, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise, -log(-log u) for u even in (0, 1): adding it to logits makes their argmax a fair draw.
 
@@ -30,7 +30,7 @@ def gumbel_noise(shape, generator: torch.Generator | None = None) -> Tensor:
     wait = torch.empty(shape).exponential_(generator=generator)  # -log u
     return -wait.clamp(min=torch.finfo(wait.dtype).tiny).log()
 
-# %% ../book/12_discrete_codes.ipynb #a58a6e1e
+# %% ../book/12_discrete_codes.ipynb #e75e3ece
 def gumbel_softmax(logits: Tensor, noise: Tensor, *, temperature: float, dim: int = -1) -> Tensor:
     """A softened draw: softmax((logits + noise) / temperature) along `dim`, of the shape of `logits`.
 
@@ -41,7 +41,7 @@ def gumbel_softmax(logits: Tensor, noise: Tensor, *, temperature: float, dim: in
         raise ValueError(f"the temperature must be positive, got {temperature}; for hard draws take the argmax")
     return ((logits + noise) / temperature).softmax(dim)
 
-# %% ../book/12_discrete_codes.ipynb #ff5ffe71
+# %% ../book/12_discrete_codes.ipynb #fbec66f7
 def uniform_kl(log_probs: Tensor) -> Tensor:
     """KL divergence in nats from the encoder's choice to an even choice, summed over the places: (B, codes, …) → (B,).
 
@@ -49,9 +49,9 @@ def uniform_kl(log_probs: Tensor) -> Tensor:
     (Ramesh et al. 2021, eq. 1.) Defined in chapter 12.
     """
     surprise = (log_probs.exp() * log_probs).sum(1)  # minus the entropy: (B, …)
-    return (math.log(log_probs.shape[1]) + surprise).flatten(1).sum(1)
+    return (math.log(log_probs.shape[1]) + surprise).reshape(len(log_probs), -1).sum(1)
 
-# %% ../book/12_discrete_codes.ipynb #33318843
+# %% ../book/12_discrete_codes.ipynb #27369c15
 def map_pixels(images: Tensor) -> Tensor:
     """Images in [-1, 1] → [0.1, 0.9], away from 0 and 1 where a logit is infinite. Defined in chapter 12."""
     return 0.4 * images + 0.5
@@ -71,7 +71,18 @@ def logit_laplace(pixels: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     distance = (torch.logit(pixels) - mean).abs()
     return -distance * torch.exp(-log_scale) - log_scale - torch.log(2 * pixels * (1 - pixels))
 
-# %% ../book/12_discrete_codes.ipynb #88764386
+# %% ../book/12_discrete_codes.ipynb #f02f2332
+def perplexity(codes: Tensor, count: int) -> float:
+    """How many codes are in use, as if all were used alike: exp(entropy of their shares), between 1 and `count`.
+
+    `codes` int64 of any shape. Raises `ValueError` for none at all. Defined in chapter 12.
+    """
+    if not codes.numel():
+        raise ValueError("perplexity needs at least one code, got none")
+    share = torch.bincount(codes.flatten(), minlength=count).double() / codes.numel()
+    return torch.special.entr(share).sum().exp().item()
+
+# %% ../book/12_discrete_codes.ipynb #511e2264
 @dataclass(frozen=True)
 class DVAEConfig:
     """The shape of a `DVAE` or `VQ`: each group of blocks but the last halves the resolution. Defined in chapter 12."""
@@ -114,7 +125,7 @@ class DVAEConfig:
             raise ValueError(f"this is not the config of a DVAE: {config}")
         return cls(**content)
 
-# %% ../book/12_discrete_codes.ipynb #143d6766
+# %% ../book/12_discrete_codes.ipynb #ae7501eb
 class Convolution(nn.Module):
     """A convolution that keeps height and width: (B, in, H, W) → (B, out, H, W); weight `w`, bias `b`.
 
@@ -199,7 +210,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)
 
-# %% ../book/12_discrete_codes.ipynb #2d9c6c5e
+# %% ../book/12_discrete_codes.ipynb #684d46e6
 class DiscreteAutoencoder(Model):
     """What `DVAE` and `VQ` share: pictures → codes → pictures. They differ in how a place chooses its code.
 
@@ -289,7 +300,7 @@ class DVAE(DiscreteAutoencoder):
         soft = gumbel_softmax(logits, noise.to(logits.device), temperature=temperature, dim=1)
         return self.decoder(soft), logits.log_softmax(1)
 
-# %% ../book/12_discrete_codes.ipynb #efc45618
+# %% ../book/12_discrete_codes.ipynb #f50704a8
 #: The least log-scale that training rewards: where a picture is pure white, the density would grow without bound.
 SHARPEST = -2.0
 
@@ -333,18 +344,7 @@ class Annealed(nn.Module):
         self.step += self.training
         return restoration_loss(output, images) + weight * kl, {"kl": kl.item(), "temperature": self.temperature}
 
-# %% ../book/12_discrete_codes.ipynb #84db0b78
-def perplexity(codes: Tensor, count: int) -> float:
-    """How many codes are in use, as if all were used alike: exp(entropy of their shares), between 1 and `count`.
-
-    `codes` int64 of any shape. Raises `ValueError` for none at all. Defined in chapter 12.
-    """
-    if not codes.numel():
-        raise ValueError("perplexity needs at least one code, got none")
-    share = torch.bincount(codes.flatten(), minlength=count).double() / codes.numel()
-    return torch.special.entr(share).sum().exp().item()
-
-# %% ../book/12_discrete_codes.ipynb #e9e9d164
+# %% ../book/12_discrete_codes.ipynb #a24bf190
 class VQ(DiscreteAutoencoder):
     """Vector quantisation: each place takes the nearest vector of a codebook (van den Oord et al. 2017).
 
