@@ -174,6 +174,8 @@ class Encoder(nn.Module):
         groups = _groups([widths[0], *widths], config, kernels=(3, 3, 3, 1), between={"pool": nn.MaxPool2d(2)})
         output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Convolution(widths[-1], channels, 1)))
         self.blocks = nn.Sequential(OrderedDict(input=Convolution(3, widths[0], 7), **groups, output=output))
+        with torch.no_grad():  # a grey picture begins as 0, so that what differs is heard
+            self.blocks.input.b.copy_(-0.5 * self.blocks.input.w.sum((1, 2, 3)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)
@@ -267,6 +269,7 @@ class DVAE(DiscreteAutoencoder):
 
     def __init__(self, config: DVAEConfig):
         super().__init__(config, config.codes)
+        nn.init.normal_(self.decoder.blocks.input.w)  # one code is in use at a time, so its vector must be loud
 
     def choose(self, features: Tensor) -> Tensor:
         """The code with the largest logit: (B, codes, h, w) → (B, h, w)."""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'NETWORKS', 'LDM', 'EDITING', 'read_pipeline', 'ldm_unet_config', 'ldm_vae_config', 'ldm_text_encoder',
-           'read_single_file', 'fetch', 'offload', 'signed', 'StableDiffusion']
+           'read_single_file', 'fetch', 'offload', 'signed', 'StableDiffusion', 'word_maps']
 
 # %% ../book/19_stable_diffusion.ipynb #4da51d4c
 import json
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from .autoencoders import VAE, VAEConfig
 from diffusionbook.checkpoints import (
-    OPENAI_TEXT, locate, read_json, read_tensors, rename, split_qkv, write_atomically,
+    OPENAI_TEXT, from_latent_diffusion_vae, locate, read_json, read_tensors, rename, split_qkv, write_atomically,
 )
 from .data import to_pil
 from .denoising import Condition, Denoiser, Wrapped, classifier_free
+from .layers import Attention, attention_weights, split_heads
 from .samplers import rescaled_guidance, sample
 from .schedules import NoiseSchedule
 from .text import TextConfig, TextEncoder, Tokenizer, clip_tokenizer
@@ -138,6 +139,8 @@ def read_single_file(path, *, dtype: torch.dtype = torch.float32, tokenizer: Tok
     def build(network: type, config, tensors: dict):
         with torch.device("meta"):
             model = network(config)
+        if network is VAE:
+            tensors = from_latent_diffusion_vae(tensors, model.state_dict())
         return model.load(tensors, dtype=dtype, where=f"{path}, {network.subfolder}").eval()
 
     config, text = ldm_text_encoder(parts["text_encoder"])
@@ -230,7 +233,7 @@ def signed(picture: Image.Image, facts: dict) -> Image.Image:
     picture.save = partial(picture.save, pnginfo=chunks)
     return picture
 
-# %% ../book/19_stable_diffusion.ipynb #1318d296
+# %% ../book/19_stable_diffusion.ipynb #3cc20969
 #: Methods that chapter 20 adds; the first use of one of them loads that chapter's module.
 EDITING = ("img2img", "inpaint", "invert", "load_lora", "with_controlnet")
 
@@ -291,8 +294,9 @@ class StableDiffusion:
             "timestep_spacing": "trailing",
         }
         nothing = {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
-        kind = "StableDiffusionInpaintPipeline" if self._extra_channels() else "StableDiffusionPipeline"
-        index = {"_class_name": kind, **PARTS, **nothing, "requires_safety_checker": False}
+        nothing["requires_safety_checker"] = False
+        kind = "StableDiffusionInpaintPipeline" if self.extra_channels else "StableDiffusionPipeline"
+        index = {"_class_name": kind, "_diffusers_version": "0.31.0", **PARTS, **nothing}
         for name, content in {"scheduler/scheduler_config.json": scheduler, "model_index.json": index}.items():
             text = json.dumps(content, indent=2) + "\n"
             write_atomically(folder / name, lambda path, text=text: Path(path).write_text(text))
@@ -358,7 +362,7 @@ class StableDiffusion:
         Raises `ValueError` for an impossible size and for other impossible wishes, and `FloatingPointError` that names
         the layer where NaN first appeared.
         """
-        if extra := self._extra_channels():
+        if extra := self.extra_channels:
             raise ValueError(f"this network wants {extra} more channels, a mask and a picture: call inpaint")
         captions = self.captions(prompt, n)
         denoise = self.denoiser(captions, negative=negative, guidance=guidance, rescale=rescale, clip_skip=clip_skip)
@@ -408,8 +412,7 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → pictures (B, 3, H, W) in [-1, 1]."""
-        parts = latents.split(1) if self.memory == "low" else [latents]
-        images = torch.cat([self.vae.decode(part).float() for part in parts])
+        images = self.vae.decode(latents, tile=256 if self.memory == "low" else None).float()
         if not images.is_meta and not images.isfinite().all():
             raise self._lost(self.vae, partial(self.vae.decode, latents))
         return images.clamp(-1, 1)
@@ -431,7 +434,9 @@ class StableDiffusion:
             raise ValueError(f"height and width must be multiples of {multiple}, got {tuple(size)}")
         return size[0] // factor, size[1] // factor
 
-    def _extra_channels(self) -> int:
+    @property
+    def extra_channels(self) -> int:
+        """How many channels the U-Net sees beside the latent: 5 where it was trained for inpainting, else 0."""
         return self.unet.config.in_channels - self.vae.config.latent_channels
 
     def _lost(self, network: nn.Module, run) -> FloatingPointError:
@@ -445,3 +450,34 @@ class StableDiffusion:
         remedy = "load the pipeline with dtype=torch.bfloat16 or torch.float32, or use less guidance"
         return FloatingPointError(f"the picture is lost: NaN or infinity began in {where} of the {network.subfolder}, "
                                   f"computed in {network.dtype}; {remedy}")
+
+# %% ../book/19_stable_diffusion.ipynb #f472fd83
+def word_maps(pipeline: StableDiffusion, caption: str, *, side: int | None = None,
+              **options) -> tuple[Image.Image, list[str], Tensor]:
+    """Paint a picture, and see where each word of the caption was looked at.
+
+    Returns the picture, the tokens (begin and end included), and a map for each (tokens, side, side): the attention to
+    it, averaged over all steps, heads and those layers that work at side × side; by default the finest. `options` are
+    those of a call of the pipeline. (Tang et al. 2023, DAAM.) Defined in chapter 19.
+    """
+    (ids,) = pipeline.tokenizer([caption]).tolist()
+    ids = ids[:ids.index(pipeline.tokenizer.eos_id) + 1]
+    side = side or pipeline.latent_size(options.get("size"))[0]
+    maps: list[Tensor] = []
+
+    def look(attention: Attention, args, output: Tensor) -> None:
+        x, context = args[0][:1], args[1][:1]  # the rows with the caption, without those of guidance
+        if x.shape[1] == side**2:
+            q, k = (split_heads(part, attention.heads) for part in (attention.to_q(x), attention.to_k(context)))
+            weights = attention_weights(q.float(), k.float()).mean((0, 1))  # (places, words)
+            maps.append(weights.T[:len(ids)].unflatten(1, (side, side)))
+
+    hooks = [layer.register_forward_hook(look) for name, layer in pipeline.unet.named_modules()
+             if name.endswith("attn2")]
+    try:
+        (picture,) = pipeline(caption, **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tokens = [pipeline.tokenizer.decode([number]) or "·" for number in ids]
+    return picture, tokens, torch.stack(maps).mean(0).cpu()

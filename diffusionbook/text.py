@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOS', 'EOS', 'END_OF_WORD', 'WORD_PATTERN', 'ACTIVATIONS', 'clean_text', 'byte_symbols', 'spell', 'merge_pair',
-           'learn_merges', 'clip_vocabulary', 'Tokenizer', 'train_bpe', 'clip_tokenizer', 'quick_gelu', 'TextConfig',
-           'TextAttention', 'MLP', 'TransformerBlock', 'TextEncoder']
+           'learn_merges', 'clip_vocabulary', 'Tokenizer', 'train_bpe', 'clip_tokenizer', 'GPT2Tokenizer',
+           'gpt2_tokenizer', 'quick_gelu', 'TextAttention', 'MLP', 'TransformerBlock', 'TextConfig', 'TextEncoder']
 
 # %% ../book/13_text.ipynb #d2297d07
 import gzip
@@ -16,7 +16,8 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
@@ -140,6 +141,9 @@ class Tokenizer:
     """
 
     cache_size = 65_536  # words remembered; then the memory starts afresh
+    pattern, clean, spell, end_of_word = WORD_PATTERN, staticmethod(clean_text), staticmethod(spell), END_OF_WORD
+    saved_class = "CLIPTokenizer"  # what transformers calls it
+    bos, eos, frame = BOS, EOS, 2  # the first and the last token of a row, and how many of them there are
 
     def __init__(self, vocab, merges, *, context_length=77, pad="zero"):
         if pad not in ("zero", "eos"):
@@ -148,16 +152,17 @@ class Tokenizer:
             raise ValueError(f"context_length must be at least 2 (begin and end), got {context_length}")
         self.vocab = dict(vocab)
         self.merges = [tuple(pair) for pair in merges]
-        missing = [symbol for symbol in (BOS, EOS, *map("".join, self.merges)) if symbol not in self.vocab]
+        missing = [symbol for symbol in (self.bos, self.eos, *map("".join, self.merges)) if symbol not in self.vocab]
         if missing:
             raise ValueError(f"the vocabulary lacks {len(missing)} of the symbols that the merges make or "
                              f"that frame a text, first {missing[0]!r}; give both from one tokenizer")
         self.context_length, self.pad = context_length, pad
-        self.bos_id, self.eos_id = self.vocab[BOS], self.vocab[EOS]
+        self.bos_id, self.eos_id = self.vocab[self.bos], self.vocab[self.eos]
         self.pad_id = self.eos_id if pad == "eos" else 0
         self._symbols = {i: symbol for symbol, i in self.vocab.items()}
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._bytes = {symbol: byte for byte, symbol in byte_symbols().items()}
+        self.added = {}  # words learned later, each with an id of its own
         self._cache, self._warned = {}, False
 
     @property
@@ -165,10 +170,20 @@ class Tokenizer:
         """Number of rows an embedding table needs."""
         return max(self.vocab.values()) + 1
 
+    def add(self, word, number):
+        """Let a new word, one run of letters, have the id `number` (textual inversion, chapter 20); not saved."""
+        if not regex.fullmatch(r"\p{L}+", word) or number in self._symbols:
+            raise ValueError(f"a new word must be one run of letters and its id new, got {word!r} and {number}")
+        symbol = "".join(self.spell(word.lower()))
+        self.added[word.lower()], self._symbols[number] = number, symbol
+        self._cache.clear()
+
     def _encode_word(self, word):
-        if word in (BOS, EOS):
+        if word in (self.bos, self.eos):
             return [self.vocab[word]]
-        symbols = spell(word)
+        if word in self.added:
+            return [self.added[word]]
+        symbols = self.spell(word)
         while len(symbols) > 1:
             best = min(pairwise(symbols), key=lambda pair: self._ranks.get(pair, math.inf))
             if best not in self._ranks:
@@ -179,7 +194,7 @@ class Tokenizer:
     def encode(self, text):
         """The ids of one text as a list, without begin, end and padding."""
         ids = []
-        for word in WORD_PATTERN.findall(clean_text(text)):
+        for word in self.pattern.findall(self.clean(text)):
             found = self._cache.get(word)
             if found is None:
                 if len(self._cache) >= self.cache_size:
@@ -198,9 +213,10 @@ class Tokenizer:
                 raise ValueError(f"id {i} is not in the vocabulary of {self.vocab_size} symbols")
             if i != self.bos_id:
                 symbol = self._symbols[i]
-                data += bytes(self._bytes[character] for character in symbol.removesuffix(END_OF_WORD))
-                data += b" " * symbol.endswith(END_OF_WORD)
-        return data.decode("utf-8", errors="replace").strip()
+                data += bytes(self._bytes[character] for character in symbol.removesuffix(self.end_of_word))
+                data += b" " * (self.end_of_word != "" and symbol.endswith(self.end_of_word))
+        text = data.decode("utf-8", errors="replace")
+        return text.strip() if self.end_of_word else text
 
     def __call__(self, texts, *, truncate=True):
         """Ids (B, context_length), int64: begin, text, end, padding.
@@ -215,13 +231,14 @@ class Tokenizer:
         if not texts:
             raise ValueError("the list of texts is empty; give at least one (it may be the empty string)")
         rows = torch.full((len(texts), self.context_length), self.pad_id, dtype=torch.int64)
-        room = self.context_length - 2
+        room = self.context_length - self.frame
         for row, text in zip(rows, texts, strict=True):
             ids = self.encode(text)
             if len(ids) > room:
                 self._too_long(text, ids, room, truncate)
                 ids = ids[:room]
-            row[:len(ids) + 2] = torch.tensor([self.bos_id, *ids, self.eos_id])
+            ids = [self.bos_id, *ids, self.eos_id] if self.frame else ids
+            row[:len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return rows
 
     def _too_long(self, text, ids, room, truncate):
@@ -238,9 +255,9 @@ class Tokenizer:
         """Write the files from which transformers' CLIPTokenizer gives the same ids."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS,
+        special = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": self.eos,
                    "pad_token": self._symbols[self.pad_id]}
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length} | special
+        config = {"tokenizer_class": self.saved_class, "model_max_length": self.context_length} | special
         if self.pad == "zero":  # id 0 is also "!": transformers must not take the one in a text for padding
             config["split_special_tokens"] = True
         merges = ["#version: 0.2", *map(" ".join, self.merges)]
@@ -316,13 +333,116 @@ def clip_tokenizer(path=None, *, context_length=77, pad="zero"):
         raise ValueError(f"{path} is not CLIP's vocabulary: expected a heading and 48,894 pairs of symbols")
     return Tokenizer(clip_vocabulary(merges), merges, context_length=context_length, pad=pad)
 
+# %% ../book/13_text.ipynb #3c1cc1f1
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair tokenizer: nothing is cleaned, a word carries the space before it, rows have no begin.
+
+    A row is the text's tokens and then end tokens. GLIDE reads its captions with it. (Radford et al. 2019, section
+    2.2.) Defined in chapter 13.
+    """
+
+    pattern = regex.compile(
+        r"<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    bos, frame, end_of_word, saved_class = EOS, 0, "", "GPT2Tokenizer"
+
+    def __init__(self, vocab, merges, *, context_length=1024, pad="eos"):
+        super().__init__(vocab, merges, context_length=context_length, pad=pad)
+
+    @staticmethod
+    def clean(text):
+        """The text itself. Raises TypeError if it is not a string."""
+        if not isinstance(text, str):
+            raise TypeError(f"a text must be a string, got {type(text).__name__}; convert it with str() first")
+        return text
+
+    @staticmethod
+    def spell(word):
+        """A word as a tuple of byte symbols."""
+        return tuple(byte_symbols()[byte] for byte in word.encode("utf-8"))
+
+
+def gpt2_tokenizer(path=None, *, context_length=1024):
+    """GPT-2's tokenizer with its public vocabulary of 50,257 symbols, which ships with this book.
+
+    path: another file of merges (`vocab.bpe`, or gzipped). Defined in chapter 13.
+    """
+    path = Path(path or Path(str(files("diffusionbook"))) / "data" / "gpt2_merges.txt.gz")
+    if not path.exists():
+        raise FileNotFoundError(f"GPT-2's merges were not found at {path}; install diffusionbook again, or give "
+                                "the file vocab.bpe with path=")
+    data = path.read_bytes()
+    lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    if len(merges) != 50_000 or any(len(pair) != 2 for pair in merges):
+        raise ValueError(f"{path} is not GPT-2's vocabulary: expected 50,000 pairs of symbols")
+    symbols = [*byte_symbols().values(), *map("".join, merges), EOS]
+    return GPT2Tokenizer({symbol: i for i, symbol in enumerate(symbols)}, merges, context_length=context_length)
+
 # %% ../book/13_text.ipynb #b62f7cee
 def quick_gelu(x):
     """x · sigmoid(1.702 x): the rough GELU that OpenAI's CLIP was trained with. Defined in chapter 13."""
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+# gelu_new is GPT-2's: the curve of gelu by a formula with tanh
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
+
+# %% ../book/13_text.ipynb #71340399
+class TextAttention(nn.Module):
+    """Multi-head self-attention on (B, L, width); `causal` hides later tokens. Defined in chapter 13."""
+
+    def __init__(self, width, heads, *, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, width / heads)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(h.transpose(1, 2).flatten(2))  # (B, L, width)
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear, on each token alone. Defined in chapter 13."""
+
+    def __init__(self, width, ff_width, *, activation):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(width, ff_width)
+        self.fc2 = nn.Linear(ff_width, width)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), on (B, L, width). Defined in chapter 13."""
+
+    def __init__(self, width, heads, ff_width, *, activation, causal, norm_eps=1e-5):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.self_attn = TextAttention(width, heads, causal=causal)
+        self.layer_norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, ff_width, activation=activation)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+    def init_weights(self, layers):
+        """CLIP's start: what is added to the stream is scaled down by the square root of 2 × `layers`."""
+        width = self.layer_norm1.normalized_shape[0]
+        attn_std, fc_std = width**-0.5, (2 * width) ** -0.5
+        add_std = attn_std * (2 * layers) ** -0.5
+        attn, mlp = self.self_attn, self.mlp
+        for linear, std in [(attn.q_proj, attn_std), (attn.k_proj, attn_std), (attn.v_proj, attn_std),
+                            (attn.out_proj, add_std), (mlp.fc1, fc_std), (mlp.fc2, add_std)]:
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
 
 # %% ../book/13_text.ipynb #8b899be9
 @dataclass(frozen=True)
@@ -397,63 +517,6 @@ class TextConfig:
             eos_id=config.get("eos_token_id", 49_407),
             pad_id=config.get("pad_token_id", 1),
         )
-
-# %% ../book/13_text.ipynb #71340399
-class TextAttention(nn.Module):
-    """Multi-head self-attention on (B, L, width); `causal` hides later tokens. Defined in chapter 13."""
-
-    def __init__(self, width, heads, *, causal):
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, width / heads)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(h.transpose(1, 2).flatten(2))  # (B, L, width)
-
-
-class MLP(nn.Module):
-    """Linear, activation, Linear, on each token alone. Defined in chapter 13."""
-
-    def __init__(self, width, ff_width, *, activation):
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.fc1 = nn.Linear(width, ff_width)
-        self.fc2 = nn.Linear(ff_width, width)
-
-    def forward(self, x):
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), on (B, L, width). Defined in chapter 13."""
-
-    def __init__(self, width, heads, ff_width, *, activation, causal, norm_eps=1e-5):
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.self_attn = TextAttention(width, heads, causal=causal)
-        self.layer_norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = MLP(width, ff_width, activation=activation)
-
-    def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-    def init_weights(self, layers):
-        """CLIP's start: what is added to the stream is scaled down by the square root of 2 × `layers`."""
-        width = self.layer_norm1.normalized_shape[0]
-        attn_std, fc_std = width**-0.5, (2 * width) ** -0.5
-        add_std = attn_std * (2 * layers) ** -0.5
-        attn, mlp = self.self_attn, self.mlp
-        for linear, std in [(attn.q_proj, attn_std), (attn.k_proj, attn_std), (attn.v_proj, attn_std),
-                            (attn.out_proj, add_std), (mlp.fc1, fc_std), (mlp.fc2, add_std)]:
-            nn.init.normal_(linear.weight, std=std)
-            nn.init.zeros_(linear.bias)
 
 # %% ../book/13_text.ipynb #dc6b12be
 class TextEncoder(Model):

@@ -89,9 +89,10 @@ PRESETS: Mapping[str, dict] = {
         "channels": (96, 192), "attention": ("added", "added"), "heads": (3, 6), "layers_per_block": 1,
         "context_width": 192, "in_channels": 7, "sample_size": 16,
     },
-    "emoji-upsampler": {  # noisy picture, small picture made large
-        "channels": (32, 64, 96), "attention": (None, None, None), "middle": None, "heads": (1, 1, 1),
-        "layers_per_block": 1, "context_width": None, "in_channels": 6, "out_channels": 3, "residual_resampling": True,
+    "emoji-upsampler": {  # three quarters of its work is at full size, so few channels there
+        "channels": (32, 64, 128), "attention": (None, None, None), "middle": None, "heads": (1, 1, 1),
+        "layers_per_block": 1, "context_width": None, "in_channels": 6, "out_channels": 3, "groups": 16,
+        "residual_resampling": True, "scale_shift": True,
     },
     "emoji-32": {
         "channels": (64, 128, 192), "attention": (None, "self", "self"), "heads": (1, 2, 3), "context_width": None,

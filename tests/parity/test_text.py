@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusionbook.text import TextConfig, TextEncoder, Tokenizer, clean_text, clip_tokenizer, train_bpe
+from diffusionbook.text import (
+    GPT2Tokenizer,
+    TextConfig,
+    TextEncoder,
+    Tokenizer,
+    clean_text,
+    clip_tokenizer,
+    gpt2_tokenizer,
+    train_bpe,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -190,3 +199,18 @@ def test_tokenizer_equals_open_clip():
     wrong = [text for text, a, b in zip(texts, rows, expected, strict=True) if not torch.equal(a, b)]
     assert not wrong, (len(wrong), wrong[:5])
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (49_406, 49_407, 49_408)
+
+
+def test_gpt2_tokenizer_equals_transformers(tmp_path):
+    ours = gpt2_tokenizer(context_length=40)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path / "ours")
+    texts = [*strings(10_000, seed=2), "two  spaces", "trailing ", "line\n\n  break", "it's<|endoftext|> over"]
+    expected = theirs(texts, padding="max_length", truncation=True, max_length=40)["input_ids"]
+    rows = quiet(ours, texts).tolist()
+    wrong = [text for text, a, b in zip(texts, rows, expected, strict=True) if a != b]
+    assert not wrong, (len(wrong), wrong[:5])
+    assert len(theirs) == ours.vocab_size == 50_257 and theirs.eos_token_id == ours.eos_id == 50_256
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = GPT2Tokenizer.from_pretrained(tmp_path / "theirs")
+    assert again.vocab == ours.vocab and again.merges == ours.merges and again.context_length == 40

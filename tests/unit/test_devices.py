@@ -5,15 +5,19 @@ import pytest
 import torch
 
 from diffusionbook.autoencoders import VAE, TinyVAE, VAEConfig
+from diffusionbook.clip import CLIP, contrastive_loss
+from diffusionbook.dalle import DalleTransformer, sample_codes
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
 from diffusionbook.dvae import DVAE, VQ, gumbel_noise
+from diffusionbook.editing import Controlled, ControlNet
+from diffusionbook.glide import GlideText, GlideTextConfig, clip_guidance, keep_known
 from diffusionbook.samplers import SAMPLERS, sample, timesteps
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.stable_diffusion import StableDiffusion
 from diffusionbook.text import TextConfig, TextEncoder
 from diffusionbook.unet import UNet, UNetConfig
 
-UNETS = ["sd15", "sd15-inpaint", "sd21", "ddpm-cifar10", "emoji-latent"]
+UNETS = ["sd15", "sd15-inpaint", "sd21", "ddpm-cifar10", "emoji-latent", "emoji-upsampler"]
 META = torch.device("meta")
 
 
@@ -34,6 +38,17 @@ def test_unet(preset):
     x, context = unet_inputs(model.config)
     out = model(x, torch.empty(2, dtype=torch.int64, device=META), context)
     assert out.device == META and out.shape == (2, model.config.out_channels, *x.shape[2:])
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sd21"])
+def test_controlnet(preset):
+    unet = on_meta(UNet, preset)
+    with META:
+        control = ControlNet.beside(unet)
+    x, context = unet_inputs(unet.config)
+    side = 8 * unet.config.sample_size
+    network = Controlled(unet, control, torch.empty(1, 3, side, side, device=META))  # one hint for two with guidance
+    assert network(x, torch.empty(2, dtype=torch.int64, device=META), context).shape == x.shape
 
 
 @pytest.mark.parametrize("preset", ["sd", "emoji"])
@@ -69,6 +84,19 @@ def test_discrete_autoencoders(kind, preset):
     assert output.device == other.device == META and output.shape == (1, 6, side, side)
 
 
+@pytest.mark.parametrize("preset", ["dalle", "emoji"])
+def test_dalle(preset):
+    model = on_meta(DalleTransformer, preset)
+    c = model.config
+    ids = torch.empty(2, c.text_length, dtype=torch.int64, device=META)
+    codes = torch.empty(2, c.places, dtype=torch.int64, device=META)
+    value, _ = model.loss(ids, codes)
+    assert value.device == META
+    written = sample_codes(model, ids, start=codes[:, :-3], unconditional=ids[:1], guidance=2.0, top_k=9, top_p=0.9,
+                           progress=False)
+    assert written.device == META and written.shape == codes.shape
+
+
 @pytest.mark.parametrize("preset", ["sd15", "sd21", "emoji"])
 def test_text_encoder(preset):
     model = on_meta(TextEncoder, preset)
@@ -76,6 +104,20 @@ def test_text_encoder(preset):
     hidden = model(ids)
     assert hidden.device == META and hidden.shape == (*ids.shape, model.config.width)
     assert model.pooled(hidden, ids).device == META
+
+
+@pytest.mark.parametrize("preset", ["vit-l-14", "emoji"])
+def test_clip(preset):
+    model = on_meta(CLIP, preset)
+    c = model.config
+    images = torch.empty(2, 3, c.vision.image_size, c.vision.image_size, device=META)
+    ids = torch.empty(2, c.text.context_length, dtype=torch.int64, device=META)
+    image = model.encode_image(images, torch.empty(2, 5, dtype=torch.int64, device=META))
+    states, text = model.text_states(ids)
+    assert image.shape == text.shape == (2, c.projection) and states.shape == (*ids.shape, c.text.width)
+    loss = contrastive_loss(image, model.encode_text(ids), model.logit_scale,
+                            right=torch.empty(2, 2, dtype=torch.bool, device=META))
+    assert loss.device == image.device == text.device == states.device == META
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
@@ -101,6 +143,17 @@ def test_every_part_of_a_condition():
     denoise = Denoiser(model, NoiseSchedule.scaled_linear(), condition=condition)
     answer = classifier_free(denoise, condition, scale=7)(x, 3)
     assert answer.x0.device == META and answer.x0.shape == x.shape
+
+
+def test_glide_with_guidance_by_gradient():
+    with META:
+        text, unet = GlideText(GlideTextConfig()), UNet(UNetConfig.preset("glide"))
+    condition = text(torch.empty(1, 128, dtype=torch.int64, device=META), torch.empty(1, 128, dtype=bool, device=META))
+    denoise = Denoiser(unet, NoiseSchedule.cosine(), condition=condition)
+    wanted = torch.empty(1, 3, device=META)
+    guided = clip_guidance(denoise, lambda x, t: x.mean((2, 3)), wanted, scale=3.0)
+    x, mask = torch.empty(1, 3, 64, 64, device=META), torch.empty(1, 1, 64, 64, dtype=bool, device=META)
+    assert keep_known(guided, x, mask)(x, 3).x0.device == META
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])

@@ -254,6 +254,43 @@ def test_clip_tokenizer_says_where_to_get_the_vocabulary(tmp_path, monkeypatch):
         clip_tokenizer(tmp_path / "short.gz")
 
 
+# GPT-2's tokenizer
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return text.gpt2_tokenizer(context_length=8)
+
+
+def test_gpt2_keeps_capitals_and_spaces(gpt2):
+    assert gpt2.encode("Hello world") == [15496, 995] and gpt2.encode("hello world") != gpt2.encode("Hello world")
+    assert gpt2("Hello world").tolist() == [[15496, 995, *[50_256] * 6]]
+    assert gpt2("").tolist() == [[50_256] * 8]
+    for raw in ("  two  spaces\n", "caf\u00e9 \u732b \U0001f600", "it's &amp; <b>", "</w>", "\t\x00"):
+        assert gpt2.decode(gpt2.encode(raw)) == raw  # nothing is lost, unlike in CLIP's
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=30))
+def test_gpt2_gives_every_text_back(raw):
+    tokenizer = text.GPT2Tokenizer({s: i for i, s in enumerate([*text.byte_symbols().values(), text.EOS])}, [])
+    assert tokenizer.decode(tokenizer.encode(raw)) == raw
+
+
+def test_gpt2_refuses(gpt2, tmp_path):
+    with pytest.raises(TypeError, match="must be a string, got int"):
+        gpt2([3])
+    with pytest.raises(ValueError, match="room for 8"):
+        gpt2("word " * 9, truncate=False)
+    with pytest.warns(UserWarning, match="room for 8"):
+        assert gpt2("word " * 20)[0, -1] != 50_256
+    (tmp_path / "short.bpe").write_text("#version: 0.2\na b\n")
+    with pytest.raises(ValueError, match="50,000"):
+        text.gpt2_tokenizer(tmp_path / "short.bpe")
+    with pytest.raises(FileNotFoundError, match="vocab.bpe"):
+        text.gpt2_tokenizer(tmp_path / "nowhere")
+
+
 # The encoder
 
 

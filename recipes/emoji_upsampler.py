@@ -1,0 +1,104 @@
+"""Train the upsampler of the miniature cascades: a 16×16 picture in, the 64×64 picture out, without words.
+
+    python recipes/emoji_upsampler.py [--folder runs/emoji_upsampler] [--steps 8000]
+
+It learns on random crops of 32×32 pixels, a quarter of the work, and is used on whole pictures. Needs no other weights,
+and serves GLIDE and DALL·E 2 alike. Resumable: the same command goes on where it stopped. At the end network and
+schedule go to diffusionbook/weights/emoji/upsampler.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import StackDataset
+
+from diffusionbook.data import emoji, pick_device
+from diffusionbook.denoising import Condition, Denoiser, diffusion_loss
+from diffusionbook.glide import enlarge
+from diffusionbook.samplers import dynamic_threshold, sample
+from diffusionbook.schedules import NoiseSchedule
+from diffusionbook.training import balanced_weights, has_bf16, save_denoiser, train
+from diffusionbook.unet import UNet, UNetConfig
+
+SMALL, LARGE, CROP = 16, 64, 32
+BATCH = 16
+SCHEDULE = NoiseSchedule.cosine()
+UNSEEN = ("validation", "object_style", "tone_style")
+SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
+
+
+def spoil(small: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Blur half of the small pictures (Gaussian, 3×3, σ 0.6) and add up to 0.1 of noise: those painted are worse."""
+    count = len(small)
+    weights = torch.exp(-torch.tensor([-1.0, 0.0, 1.0]) ** 2 / (2 * 0.6**2))
+    kernel = torch.outer(weights, weights).to(small) / weights.sum() ** 2
+    soft = F.conv2d(F.pad(small, (1, 1, 1, 1), mode="replicate"), kernel.expand(3, 1, 3, 3), groups=3)
+    chance = torch.rand(2, count, 1, 1, 1, generator=generator).to(small)
+    noise = torch.randn(small.shape, generator=generator).to(small)
+    return torch.where(chance[0] < 0.5, soft, small) + 0.1 * chance[1] * noise
+
+
+def crop(pictures: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
+    """A square of each picture, from its own corner."""
+    return torch.stack([p[:, y:y + CROP, x:x + CROP] for p, (y, x) in zip(pictures, corners.tolist(), strict=True)])
+
+
+def loss(net: UNet, batch: dict, generator: torch.Generator) -> torch.Tensor:
+    """Error of the velocity on a crop of each large picture, told the same crop of the small one."""
+    corners = torch.randint(LARGE - CROP + 1, (len(batch["large"]), 2), generator=generator)
+    told = crop(enlarge(spoil(batch["small"], generator), (LARGE, LARGE)), corners)
+    x0 = crop(batch["large"], corners)
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    t = torch.randint(SCHEDULE.steps, (len(x0),), generator=generator).to(x0.device)
+    return diffusion_loss(net, x0, noise, t, schedule=SCHEDULE, prediction="v", concat=told).mean()
+
+
+def pictures(split: str, count: int | None = None) -> dict[str, torch.Tensor]:
+    """The first pictures of a split in an order of chance, small and large."""
+    sizes = {"small": emoji(split, size=SMALL), "large": emoji(split, size=LARGE)}
+    order = torch.randperm(len(sizes["small"]), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return {name: data.images(order) for name, data in sizes.items()}
+
+
+def report(net: UNet, both: dict[str, torch.Tensor]) -> dict[str, float]:
+    """PSNR (dB) and mean absolute error of upsampled pictures in [-1, 1], and of bicubic ones, beside the real ones."""
+    found = []
+    for small in both["small"].split(32):
+        told = Condition(concat=enlarge(small, (LARGE, LARGE)).to(net.device))
+        denoise = dynamic_threshold(Denoiser(net, SCHEDULE, "v", told), limit=1)
+        found.append(sample(denoise, (len(small), 3, LARGE, LARGE), sampler="ddim", steps=8, device=net.device,
+                            progress=False).cpu())
+    bicubic = F.interpolate(both["small"], size=(LARGE, LARGE), mode="bicubic", align_corners=False)
+    numbers = {}
+    for name, images in {"": torch.cat(found), "bicubic_": bicubic}.items():
+        gap = images.clamp(-1, 1) - both["large"]
+        numbers[f"{name}psnr"] = (10 * torch.log10(4 / gap.square().flatten(1).mean(1))).mean().item()
+        numbers[f"{name}l1"] = gap.abs().mean().item()
+    return numbers
+
+
+def main(folder: Path, steps: int, ship: Path) -> None:
+    device = pick_device()
+    data = emoji("train")
+    everything = StackDataset(small=emoji("train", size=SMALL).images().to(device), large=data.images().to(device))
+    some = pictures("validation", 32)
+    torch.manual_seed(0)
+    net = UNet(UNetConfig.preset("emoji-upsampler")).to(device)
+    average = train(net, everything, loss, weights=balanced_weights([a["name"] for a in data.attributes]), batch=BATCH,
+                    steps=steps, lr=1e-3, warmup=200, ema=0.998, bf16=has_bf16(device), folder=folder, every=500,
+                    evaluate=lambda: report(net, some))
+    average.swap(net)
+    save_denoiser(ship, Denoiser(net.eval(), SCHEDULE, "v"), dtype=torch.float16)
+    for split in UNSEEN:
+        print(split, {name: round(value, 3) for name, value in report(net, pictures(split, 64)).items()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_upsampler"))
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--ship", type=Path, default=SHIPPED / "upsampler", help="where the weights go")
+    given = parser.parse_args()
+    main(given.folder, given.steps, given.ship)

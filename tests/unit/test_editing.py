@@ -1,0 +1,403 @@
+"""Chapter 20: editing, LoRA, ControlNet and new words, on a tiny pipeline with random weights."""
+
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffusionbook.data import from_pil, to_pil
+from diffusionbook.editing import (
+    ControlNet,
+    ControlNetConfig,
+    LoRA,
+    LowRank,
+    add_word,
+    as_mask,
+    edge_map,
+    edit_words,
+    learn_word,
+    load_lora,
+    matching_tokens,
+    prompt_film,
+    train_lora,
+)
+from diffusionbook.samplers import noise_source
+from diffusionbook.stable_diffusion import StableDiffusion
+from diffusionbook.unet import UNet, UNetConfig
+
+CAPTION = "red heart, noto style"
+FAST = {"steps": 4, "progress": False, "output": "tensor"}
+
+
+@pytest.fixture
+def painter(tiny):
+    """A copy that a test may change."""
+    parts = {name: copy.deepcopy(getattr(tiny, name)) for name in ("vae", "unet", "text_encoder", "tokenizer")}
+    return StableDiffusion(schedule=tiny.schedule, prediction=tiny.prediction, **parts)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    torch.manual_seed(3)
+    return to_pil(torch.rand(1, 3, 64, 64) * 2 - 1)[0]
+
+
+# A picture as the start
+
+
+def test_methods_come_with_the_chapter(tiny, picture):
+    assert tiny.img2img(picture, CAPTION, **FAST).shape == (1, 3, 64, 64)
+    assert {"img2img", "inpaint", "invert", "load_lora", "with_controlnet"} <= set(dir(StableDiffusion))
+
+
+def test_strength_decides_how_much_of_a_picture_stays(tiny, picture):
+    clean = tiny.decode(tiny.encode(from_pil(picture)))
+    far = [(tiny.img2img(picture, CAPTION, strength=strength, **FAST | {"steps": 10}) - clean).abs().mean()
+           for strength in (0.1, 0.5, 1.0)]
+    assert far[0] < far[1] - 0.05 and far[0] < far[2] - 0.05
+    steps = []
+    tiny.img2img(picture, CAPTION, strength=0.75, on_step=lambda *state: steps.append(state[0]), **FAST | {"steps": 50})
+    assert len(steps) == 37  # as diffusers counts
+
+
+def test_img2img_from_pure_noise_on_a_silent_schedule_is_painting(painter, picture):
+    painter.schedule = painter.schedule.scaled_linear().zero_terminal_snr()
+    assert torch.allclose(painter.img2img(picture, CAPTION, strength=1.0, seed=4, **FAST),
+                          painter(CAPTION, seed=4, **FAST), atol=1e-3)
+
+
+def test_several_pictures_and_captions(tiny, picture):
+    images = from_pil([picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+    assert len(tiny.img2img(picture, [CAPTION, "pizza"], n=2, **FAST)) == 4
+    both = tiny.img2img(images, [CAPTION, "pizza"], seed=2, **FAST)
+    alone = tiny.img2img(images[1:], "pizza", seed=3, **FAST)
+    assert torch.allclose(both[1], alone[0], atol=1e-4)
+    found = tiny.img2img(picture, CAPTION, steps=4, progress=False)
+    assert found[0].info["edit"] == "img2img, strength 0.6" and found[0].info["caption"] == CAPTION
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"strength": 0.0}, "strength must lie"), ({"strength": 1.2}, "strength must lie"),
+    ({"strength": 0.1}, "leave at least one step of 4"),
+])
+def test_impossible_strengths_are_refused(tiny, picture, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.img2img(picture, CAPTION, **options, **FAST)
+
+
+def test_pictures_that_do_not_fit_are_refused(tiny, picture):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        tiny.img2img(picture.resize((60, 64)), CAPTION, **FAST)
+    with pytest.raises(ValueError, match="2 pictures don't go with 3 captions"):
+        tiny.img2img([picture] * 2, [CAPTION] * 3, **FAST)
+    with pytest.raises(ValueError, match=r"must lie in \[-1, 1\]"):
+        tiny.img2img(torch.full((1, 3, 64, 64), 9.0), CAPTION, **FAST)
+
+
+# Inpainting
+
+
+def half_mask():
+    mask = torch.zeros(64, 64)
+    mask[:, 32:] = 1
+    return mask
+
+
+def test_what_the_mask_keeps_is_kept(tiny, picture):
+    states = []
+    images = tiny.inpaint(picture, half_mask(), "pizza", on_step=lambda i, x, answer: states.append(x), **FAST)
+    known = tiny.encode(from_pil(picture))
+    assert torch.allclose(states[-1][..., :4], known[..., :4], atol=1e-5)
+    assert (states[-1][..., 4:] - known[..., 4:]).abs().mean() > 0.05
+    other = tiny.inpaint(picture, half_mask(), "pizza", seed=1, **FAST)
+    changed = (other - images).abs().mean((0, 1, 2))
+    assert changed[48:].mean() > 2 * changed[:16].mean()
+
+
+def test_nine_channels_see_mask_and_picture(tiny, picture):
+    torch.manual_seed(0)
+    unet = UNet(replace(tiny.unet.config, in_channels=9)).eval()
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    seen = []
+    unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    parts = {name: getattr(tiny, name) for name in ("vae", "text_encoder", "tokenizer", "schedule", "prediction")}
+    painter = StableDiffusion(unet=unet, **parts)
+    assert painter.extra_channels == 5
+    painter.inpaint(picture, half_mask(), CAPTION, **FAST)
+    assert seen[0].shape == (2, 9, 8, 8)
+    assert torch.equal(seen[0][0, 4], torch.tensor([0.0] * 4 + [1.0] * 4).expand(8, 8))
+    masked = from_pil(picture) * (1 - half_mask())
+    assert torch.allclose(seen[-1][1, 5:], painter.encode(masked)[0], atol=1e-5)
+
+
+def test_masks_are_checked():
+    assert as_mask(half_mask(), (64, 64)).unique().tolist() == [0.0, 1.0]
+    drawn = Image.fromarray((half_mask().numpy() * 255).astype(np.uint8))
+    assert torch.equal(as_mask(drawn, (64, 64))[0, 0], half_mask())
+    with pytest.raises(ValueError, match=r"size of the picture, \(64, 64\), got \(1, 1, 32, 64\)"):
+        as_mask(torch.zeros(32, 64), (64, 64))
+
+
+# Inversion and words
+
+
+def test_an_inverted_picture_is_painted_again():
+    emoji = StableDiffusion.from_pretrained("emoji")  # random weights make no smooth way
+    image = emoji(CAPTION, steps=10, output="tensor", progress=False)
+    options = {"steps": 20, "guidance": 1.0}
+    noise = emoji.invert(image, CAPTION, corrections=2, **options)
+    assert abs(noise.std() - 1) < 0.15
+    again = emoji(CAPTION, latents=noise, sampler="ddim", output="tensor", progress=False, **options)
+    other = emoji(CAPTION, seed=5, sampler="ddim", output="tensor", progress=False, **options)
+    target = emoji.decode(emoji.encode(image))
+    assert (again - target).abs().mean() < 0.05 < (other - target).abs().mean()
+
+
+def test_tokens_find_their_partners():
+    assert matching_tokens([1, 2, 3, 9], [1, 5, 3, 9]) == ([0, 1, 2, 3], [0, 1, 2, 3])
+    assert matching_tokens([1, 2, 9, 0], [1, 7, 2, 9]) == ([0, 1, 2], [0, 2, 3])
+
+
+def test_the_second_caption_looks_where_the_first_looks(tiny):
+    both = edit_words(tiny, CAPTION, "red heart, 3d style", seed=3, **FAST)
+    alone = tiny(CAPTION, seed=3, **FAST)
+    free = edit_words(tiny, CAPTION, "red heart, 3d style", seed=3, share=0.0, **FAST)
+    assert torch.allclose(both[:1], alone, atol=1e-4)
+    assert torch.allclose(free[1:], tiny("red heart, 3d style", seed=3, **FAST), atol=1e-4)
+    assert (both[1] - free[1]).abs().mean() > 1e-4
+    same = edit_words(tiny, CAPTION, CAPTION, share=1.0, **FAST)
+    assert torch.allclose(same[0], same[1], atol=1e-4)
+    assert not any(module._forward_hooks for module in tiny.unet.modules())
+
+
+def test_a_film_goes_from_caption_to_caption(tiny):
+    film = prompt_film(tiny, [CAPTION, "pizza"], frames=3, seed=2, **FAST)
+    assert film.shape == (4, 3, 64, 64)
+    assert torch.allclose(film[:1], tiny(CAPTION, seed=2, **FAST), atol=1e-4)
+    assert torch.allclose(film[3:], tiny("pizza", seed=2, **FAST), atol=1e-4)
+    steps = (film[1:] - film[:-1]).abs().mean((1, 2, 3))
+    assert steps.max() < (film[-1] - film[0]).abs().mean()
+
+
+# LoRA
+
+
+def filled(lora):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in lora.parameters():
+            p.normal_(std=0.3)
+    return lora
+
+
+def test_a_new_lora_changes_nothing_and_detached_it_leaves_no_trace(painter):
+    before = painter(CAPTION, **FAST)
+    lora = LoRA(painter, rank=2).attach()
+    assert torch.equal(painter(CAPTION, **FAST), before)
+    filled(lora)
+    assert (painter(CAPTION, **FAST) - before).abs().mean() > 0.01
+    lora.detach()
+    assert torch.equal(painter(CAPTION, **FAST), before)
+
+
+@pytest.mark.parametrize("targets", [r"to_[qv]$", r"^unet\.", r"text_encoder"], ids=["attention", "all", "text"])
+def test_merging_is_the_same_as_adding(painter, targets):
+    lora = filled(LoRA(painter, rank=2, targets=targets)).attach(scale=0.7)
+    unet, x = painter.unet, noise_source(0)(torch.empty(1, 4, 8, 8))
+    say = lambda: unet(x, torch.tensor([5]), painter.encode_text([CAPTION]))  # noqa: E731
+    with torch.no_grad():
+        added = say()
+        lora.merge(scale=0.7)
+        merged = say()
+    assert (added - merged).abs().max() <= 1e-5 * added.abs().max()
+    assert painter.unet.state_dict().keys() == UNet(unet.config).state_dict().keys()
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0])
+def test_alpha_scales_by_its_share_of_the_rank(alpha):
+    layer = torch.nn.Linear(3, 5)
+    part = LowRank(layer, 4, alpha=alpha)
+    torch.nn.init.normal_(part.up.weight)
+    x = torch.randn(2, 3)
+    assert torch.allclose(part(x), x @ part.weight().T, atol=1e-6)
+    assert part.factor == (1 if alpha is None else 0.25)
+
+
+def in_layout(state, layout, rank=2):
+    """The same tensors under other people's names."""
+    found = {}
+    for key, tensor in state.items():
+        name, _, kind = key.removesuffix(".weight").rpartition(".")
+        way = {"lora_A": "down", "lora_B": "up"}[kind]
+        if layout == "kohya":
+            part, _, name = name.partition(".")
+            prefix = "lora_unet_" if part == "unet" else "lora_te_text_model_"
+            stem = prefix + name.replace(".", "_")
+            found[f"{stem}.lora_{way}.weight"] = tensor
+            found[f"{stem}.alpha"] = torch.tensor(float(rank))
+        elif layout == "older diffusers":
+            found[f"{name.replace('text_encoder.', 'text_encoder.text_model.')}.lora.{way}.weight"] = tensor
+        elif layout == "processors":
+            name, _, last = name.partition(".to_")
+            found[f"{name}.processor.to_{last.removesuffix('.0')}_lora.{way}.weight"] = tensor
+        else:
+            found[key] = tensor
+    return found
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "older diffusers", "processors", "kohya"])
+def test_all_public_layouts_are_read(painter, tmp_path, layout):
+    targets = r"to_(q|out\.0)$" if layout == "processors" else r"to_(q|out\.0)$|q_proj$"
+    lora = filled(LoRA(painter, rank=2, targets=targets)).attach(scale=0.8)
+    wanted = painter(CAPTION, **FAST)
+    lora.save(tmp_path / "ours.safetensors")
+    lora.detach()
+    save_file(in_layout(load_file(tmp_path / "ours.safetensors"), layout), tmp_path / "theirs.safetensors")
+    again = painter.load_lora(tmp_path / "theirs.safetensors", scale=0.8)
+    assert torch.allclose(painter(CAPTION, **FAST), wanted, atol=1e-5)
+    again.detach()
+
+
+def test_stored_alphas_count(painter, tmp_path):
+    lora = filled(LoRA(painter, rank=2))
+    lora.save(tmp_path / "lora.safetensors")
+    state = load_file(tmp_path / "lora.safetensors")
+    told = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 1, "unet.r": 2})}
+    save_file(state, tmp_path / "lora.safetensors", metadata=told)
+    found = load_lora(painter, tmp_path / "lora.safetensors")
+    name = next(iter(found.layers))
+    assert torch.allclose(found.addition(name).weight(), 0.5 * lora.addition(name).weight())
+
+
+def test_a_lora_for_another_model_is_refused(painter, tmp_path):
+    other = StableDiffusion(vae=painter.vae, tokenizer=painter.tokenizer, schedule=painter.schedule,
+                            text_encoder=painter.text_encoder, prediction="v",
+                            unet=UNet(replace(painter.unet.config, channels=(24, 32), groups=8)))
+    LoRA(other, rank=2).save(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="made for another model: unet.* needs"):
+        painter.load_lora(tmp_path / "other.safetensors")
+    save_file({"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": torch.ones(2, 2)}, tmp_path / "xl.safetensors")
+    with pytest.raises(ValueError, match="no place for 'lora_unet_input_blocks"):
+        painter.load_lora(tmp_path / "xl.safetensors")
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{name}.lora_A.weight": torch.ones(2, 24)}, tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match="lacks up for unet.mid_block"):
+        painter.load_lora(tmp_path / "half.safetensors")
+    assert not any(module._forward_hooks for module in painter.unet.modules())
+    with pytest.raises(ValueError, match="no layer of the pipeline"):
+        LoRA(painter, targets="nothing")
+
+
+def test_a_lora_learns(painter, picture):
+    """The network alone stays as it was, and with its LoRA it knows the picture better."""
+    before = copy.deepcopy(painter.unet.state_dict())
+    latents = painter.encode(from_pil(picture))
+    noise = noise_source(1)(latents)
+
+    def error():
+        with torch.no_grad():
+            noisy = painter.schedule.add_noise(latents, noise, 500)
+            return (painter.denoiser(["pizza"], guidance=1)(noisy, 500).x0 - latents).square().mean().item()
+
+    untrained = error()
+    lora = train_lora(painter, [picture], ["pizza"], steps=30, batch=4, progress=False)
+    trained = error()
+    assert trained < 0.97 * untrained
+    lora.detach()
+    assert error() == pytest.approx(untrained)
+    assert all(torch.equal(p, before[name]) for name, p in painter.unet.state_dict().items())
+
+
+# A new word
+
+
+def test_a_new_word_has_its_own_vector(painter):
+    before = painter.encode_text(["pizza"])
+    add_word(painter, "zorb", torch.ones(16))
+    assert painter.tokenizer.encode("a zorb") == [*painter.tokenizer.encode("a"), 540]
+    assert painter.tokenizer.decode([540]) == "zorb"
+    assert torch.equal(painter.encode_text(["pizza"]), before)
+    assert not torch.equal(painter.encode_text(["zorb"]), before)
+    with pytest.raises(ValueError, match="one run of letters"):
+        add_word(painter, "two words", torch.ones(16))
+    with pytest.raises(ValueError, match=r"shape \(16,\), got \(8,\)"):
+        add_word(painter, "other", torch.ones(8))
+
+
+def test_a_word_is_learned_and_nothing_else_changes(painter, picture):
+    before = copy.deepcopy(painter.text_encoder.state_dict())
+    vector = learn_word(painter, [picture], "zorb", caption="{}, noto style", like="pizza", steps=5, progress=False)
+    table = painter.text_encoder.embeddings["token_embedding"].weight
+    assert torch.equal(table[-1], vector) and torch.equal(table[:-1], before["embeddings.token_embedding.weight"])
+    assert (vector - table[painter.tokenizer.encode("pizza")].mean(0)).abs().max() > 1e-4
+
+
+# ControlNet
+
+
+def test_a_new_controlnet_changes_nothing(painter):
+    control = ControlNet.beside(painter.unet, hint_channels=(4, 8, 8, 8))
+    hint = torch.rand(1, 3, 64, 64)
+    assert torch.equal(painter.with_controlnet(control)(CAPTION, hint, **FAST), painter(CAPTION, **FAST))
+
+
+def test_zero_convolutions_learn_all_the_same(painter):
+    control = ControlNet.beside(painter.unet, hint_channels=(4, 8, 8, 8))
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([3]), painter.encode_text([CAPTION]).clone()
+    middle, sides = control(x, t, context, control.controlnet_cond_embedding(torch.rand(1, 3, 64, 64)))
+    assert not middle.any() and not any(side.any() for side in sides)
+    (middle.sum() + sum(side.sum() for side in sides)).backward()
+    assert control.controlnet_mid_block.weight.grad.abs().max() > 0
+    assert control.controlnet_down_blocks[0].weight.grad.abs().max() > 0
+    assert not control.conv_in.weight.grad.any()  # the second step brings its gradient
+
+
+def test_a_trained_controlnet_minds_its_hint_and_its_strength(painter):
+    control = ControlNet.beside(painter.unet, hint_channels=(4, 8, 8, 8))
+    with torch.no_grad():
+        for p in control.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    paint, hints = painter.with_controlnet(control), torch.rand(2, 3, 64, 64)
+    first, second = (paint(CAPTION, hint[None], **FAST) for hint in hints)
+    assert (first - second).abs().mean() > 1e-4
+    assert torch.equal(paint(CAPTION, hints[:1], strength=0.0, **FAST), painter(CAPTION, **FAST))
+    both = paint([CAPTION, CAPTION], hints, **FAST)
+    assert torch.allclose(both[:1], first, atol=1e-4)
+    assert paint(CAPTION, to_pil(hints[:1] * 2 - 1)[0], steps=4, progress=False)[0].info["edit"].startswith("control")
+
+
+def test_a_controlnet_for_another_network_is_refused(painter):
+    other = ControlNet(ControlNetConfig(unet=replace(painter.unet.config, channels=(24, 32), groups=8)))
+    with pytest.raises(ValueError, match=r"another U-Net: channels is \(24, 32\) there and \(16, 24\) here"):
+        painter.with_controlnet(other)
+    with pytest.raises(ValueError, match="global_pool_conditions=True"):
+        ControlNetConfig.from_config(other.config.to_config() | {"global_pool_conditions": True})
+
+
+def test_a_controlnet_goes_to_disk_and_back(painter, tmp_path):
+    control = ControlNet.beside(painter.unet, hint_channels=(4, 8, 8, 8))
+    control.save_pretrained(tmp_path)
+    again = ControlNet.from_pretrained(tmp_path)
+    assert again.config.unet == replace(painter.unet.config, sample_size=64)
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in control.state_dict().items())
+
+
+def test_edges_are_white_lines():
+    picture = Image.new("RGB", (32, 32), "white")
+    picture.paste("black", (8, 8, 24, 24))
+    edges = edge_map(picture)
+    assert edges.shape == (1, 3, 32, 32) and edges.unique().tolist() == [0.0, 1.0]
+    assert edges[0, 0, 16, 6:10].any() and not edges[0, 0, 12:20, 12:20].any()
+
+
+def test_controlnet_of_stable_diffusion_on_meta():
+    with torch.device("meta"):
+        net = ControlNet(ControlNetConfig(unet=UNetConfig.preset("sd15")))
+    assert net.count_parameters() == 361_279_120 and len(net.state_dict()) == 340
