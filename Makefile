@@ -35,14 +35,15 @@ $(VENV)/.book-is-installed: pyproject.toml constraints.txt | $(PY)
 $(VENV)/.tests-are-installed: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing what the tests need into $(VENV) (once; this takes minutes)"
 	$(PIP) install -q -c constraints.txt -e ".[test,book,train]"
-	@# Only its tokenizer is compared, which needs none of its dependencies (torchvision among them).
-	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch
+	@# Only a tokenizer and some formulas are compared, which need none of their dependencies (torchvision among them).
+	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch torch-fidelity
 	@touch $@ $(VENV)/.book-is-installed
 
 # --- the book ----------------------------------------------------------------------------------
 book: $(VENV)/.book-is-installed
 	rm -rf _build
 	$(VENV)/bin/jupyter-book build . -W -n --keep-going
+	$(PY) tools/export_page.py _build/html/_static/paint/models
 	@echo "The book is built. Open this file in a browser:"
 	@echo "$(CURDIR)/_build/html/index.html"
 

@@ -1,10 +1,20 @@
 """The command line: `diffusionbook generate "red heart, noto style" --out heart.png`, `diffusionbook train RECIPE`."""
 
 import argparse
+import inspect
 import os
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
+
+#: The systems that ship as miniatures: what --model calls them → module and class. A folder is a Stable Diffusion.
+SYSTEMS = {
+    "emoji": ("stable_diffusion", "StableDiffusion"),
+    "glide": ("glide", "Glide"),
+    "dalle": ("dalle", "DallE"),
+    "dalle2": ("dalle2", "DallE2"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,10 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, default=Path("picture.png"), help="file to write (%(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="another seed, another picture (%(default)s)")
     generate.add_argument("--grid", type=int, default=1, metavar="N", help="paint N pictures on one sheet")
-    generate.add_argument("--steps", type=int, default=20, help="denoising steps (%(default)s)")
-    generate.add_argument("--guidance", type=float, default=3.0, help="how closely to follow the caption (%(default)s)")
-    generate.add_argument("--sampler", default="dpmpp_2m", help="such as dpmpp_2m, ddim or euler (%(default)s)")
-    generate.add_argument("--model", default="emoji", help="a model that ships, or a folder (%(default)s)")
+    generate.add_argument("--steps", type=int, help="denoising steps (the model's own number)")
+    generate.add_argument("--guidance", type=float, help="how closely to follow the caption (the model's own strength)")
+    generate.add_argument("--sampler", help="such as dpmpp_2m, ddim or euler (the model's own)")
+    generate.add_argument("--model", default="emoji", help=f"{', '.join(SYSTEMS)}, or a folder (%(default)s)")
     generate.set_defaults(run=_generate)
     train = commands.add_parser("train", help="train what a recipe describes, or go on where it stopped")
     train.add_argument("recipe", type=Path, help="a TOML file such as recipes/digits.toml")
@@ -46,13 +56,22 @@ def _generate(given: argparse.Namespace) -> None:
         raise ValueError('the caption is empty; say what to paint, such as "red heart, noto style"')
     _check_writable(given.out)
     from diffusionbook.data import image_grid, pick_device
-    from diffusionbook.stable_diffusion import StableDiffusion
 
-    painter = StableDiffusion.from_pretrained(given.model).to(pick_device())
-    pictures = painter(given.caption, n=given.grid, steps=given.steps, guidance=given.guidance,
-                       sampler=given.sampler, seed=given.seed)
+    painter = _painter(given.model).to(pick_device())
+    wishes = {name: getattr(given, name) for name in ("steps", "guidance", "sampler")}
+    wishes = {name: wish for name, wish in wishes.items() if wish is not None}
+    if unknown := wishes.keys() - inspect.signature(type(painter).__call__).parameters.keys():
+        raise ValueError(f"the model {given.model} has no --{', --'.join(sorted(unknown))}; leave it out")
+    pictures = painter(given.caption, n=given.grid, seed=given.seed, **wishes)
     image_grid(pictures, columns=max(1, round(len(pictures) ** 0.5))).save(given.out)
     print(given.out)
+
+
+def _painter(model: str):
+    """The pipeline of a system that ships, or of a folder."""
+    module, name = SYSTEMS.get(model, SYSTEMS["emoji"])
+    pipeline = getattr(import_module(f"diffusionbook.{module}"), name)
+    return pipeline.from_pretrained("emoji" if model in SYSTEMS else model)
 
 
 def _train(given: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ __all__ = ['Conductance', 'conductance', 'fed_steps', 'estimate_noise', 'sure', 
 
 # %% ../book/02_edges.ipynb #3ecb3066
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -104,12 +105,12 @@ def _checked(law: Callable, squared: Tensor) -> Tensor:
     return share
 
 # %% ../book/02_edges.ipynb #5590c311
-def _strips(u: Tensor) -> list[tuple[int, int]]:
-    """First and last + 1 of the rows to work on at a time, so that what they need stays in a CPU's cache."""
-    n = u.shape[2]
+def _strips(u: Tensor, axis: int = 2) -> list[tuple[int, int]]:
+    """First and last + 1 of the rows to work on at a time, so that what they need is small and stays in the cache."""
+    n = u.shape[axis]
     if u.requires_grad or u.device.type != "cpu":
         return [(0, n)]
-    rows = max(1, 2**17 * n // u.numel())
+    rows = max(1, 2**16 * n // u.numel())
     return [(first, min(first + rows, n)) for first in range(0, n, rows)]
 
 
@@ -154,23 +155,25 @@ def _borders(
     return borders
 
 # %% ../book/02_edges.ipynb #37b37033
-def _euler(u: Tensor, borders: list[Tensor], tau: float, fidelity: float = 0, source: Tensor | None = None) -> Tensor:
-    """One explicit step of length tau: heat flows through every border, downhill, at the rate of the present slope."""
-    new, n = torch.empty_like(u), u.shape[2]
+def _euler_(u: Tensor, borders: list[Tensor], tau: float, fidelity: float = 0, source: Tensor | None = None) -> Tensor:
+    """One explicit step of length tau, in place: heat flows downhill through every border, at the present slope."""
+    above = 0  # what has crossed the upper border of a strip
     for first, last in _strips(u):
-        low, high = max(first - 1, 0), min(last + 1, n)  # one row more on either side, to see the neighbours
-        rows = u[:, :, low:high]
+        high = min(last + 1, u.shape[2])  # one row more, to see the neighbours below
+        rows = u[:, :, first:high]
         rate = torch.zeros_like(rows)
+        rate[:, :, :1] -= above
         for axis, border in enumerate(borders, start=2):
             here, there = _neighbours(rows, axis)
-            flow = (there - here) * border[:, :, low : high - 1 if axis == 2 else high]
+            flow = (there - here) * border[:, :, first : high - 1 if axis == 2 else high]
             _neighbours(rate, axis)[0].add_(flow)
             _neighbours(rate, axis)[1].sub_(flow)
+            if axis == 2:
+                above = flow[:, :, -1:].clone()
         if fidelity:
-            rate += fidelity * (source[:, :, low:high] - rows)
-        inner = slice(first - low, last - low)
-        new[:, :, first:last] = rows[:, :, inner].add(rate[:, :, inner], alpha=tau)
-    return new
+            rate += fidelity * (source[:, :, first:high] - rows)
+        u[:, :, first:last].add_(rate[:, :, : last - first], alpha=tau)
+    return u
 
 # %% ../book/02_edges.ipynb #e38821e1
 @lru_cache(maxsize=256)
@@ -234,21 +237,24 @@ def _solve(ground: Tensor, border: Tensor, b: Tensor) -> Tensor:
     return x
 
 
-def _aos(u: Tensor, borders: list[Tensor], tau: float, fidelity: float = 0, source: Tensor | None = None) -> Tensor:
-    """One implicit step of any length: the mean of one-dimensional implicit steps of m tau along each of m axes.
+def _aos_(u: Tensor, borders: list[Tensor], tau: float, fidelity: float = 0, source: Tensor | None = None) -> Tensor:
+    """One implicit step of any length, in place: the mean of 1-D implicit steps of m tau along each of m axes.
 
     Solved for the change of u, not for u, so that a constant picture stays as it is to the last bit.
     (Weickert, ter Haar Romeny & Viergever 1998.)
     """
     m, change = len(borders), torch.zeros_like(u)
     for axis, border in enumerate(borders, start=2):
-        rate = divergence(border * difference(u, axis), axis)
-        if fidelity:
-            rate = rate + fidelity / m * (source - u)
-        chain = (m * tau * border).movedim(axis, 0).contiguous()
-        ground = chain.new_full((u.shape[axis], *chain.shape[1:]), 1 + tau * fidelity)
-        change = change + _solve(ground, chain, rate.movedim(axis, 0).contiguous()).movedim(0, axis)
-    return u.add(change, alpha=tau)
+        across = 0 if m == 1 else 3 if axis == 2 else 2  # strips that cut no chain
+        for first, last in _strips(u, across):
+            rows, conducts, total = (x.narrow(across, first, last - first) for x in (u, border, change))
+            rate = divergence(conducts * difference(rows, axis), axis)
+            if fidelity:
+                rate = rate + fidelity / m * (source.narrow(across, first, last - first) - rows)
+            chain = (m * tau * conducts).movedim(axis, 0).contiguous()
+            ground = chain.new_full((u.shape[axis], *chain.shape[1:]), 1 + tau * fidelity)
+            total += _solve(ground, chain, rate.movedim(axis, 0).contiguous()).movedim(0, axis)
+    return u.add_(change, alpha=tau)
 
 # %% ../book/02_edges.ipynb #bfa3f05b
 def estimate_noise(image, *, channel_axis: int | None = None, batch_axis: int | None = None):
@@ -329,18 +335,21 @@ def _evolve(
     scheme: str = "fed",
     fidelity: float = 0,
 ) -> Iterator[tuple[float, Tensor]]:
-    """Yield (time, picture) for each of the times. At the start of each stretch the borders are measured anew.
+    """Yield (time, picture): u at 0, then at each of the times. Before each stretch the borders are measured anew.
 
-    u: (B, C, *space), never changed. contrast: a number, or a tensor that broadcasts against u.
+    u: (B, C, *space), not changed. contrast: a number, or a tensor that broadcasts against u. To save memory, what is
+    yielded is one tensor that the next stretch overwrites; clone what you keep.
     """
-    source, now, bound = u, 0.0, 1 / (1 / max_stable_step(h) + fidelity)
+    u, source = u.clone(), u if fidelity else None
+    now, bound = 0.0, 1 / (1 / max_stable_step(h) + fidelity)
+    yield now, u
     for t in times:
         borders = _borders(u, h, law, contrast, presmooth)
         if scheme == "aos":
-            u = _aos(u, borders, t - now, fidelity, source)
+            _aos_(u, borders, t - now, fidelity, source)
         else:
             for tau in [t - now] if scheme == "explicit" else fed_steps(t - now, bound):
-                u = _euler(u, borders, tau, fidelity, source)
+                _euler_(u, borders, tau, fidelity, source)
         borders, now = None, t  # let go of the memory before the next measurement
         yield t, u
 
@@ -349,13 +358,17 @@ def _best_times(u: Tensor, h: Sequence[float], noise: float, **options) -> list[
     """Growing times, up to the one at which the estimated error is least. u: (1, C, *space)."""
     if noise == 0:
         return []
-    signs = torch.randint(2, u.shape, generator=torch.Generator().manual_seed(0)).to(u)
-    probe = noise / 10 * (2 * signs - 1)
+    signs = 2 * torch.randint(2, u.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8) - 1
+
+    def probe() -> Tensor:  # bytes are kept, not numbers
+        return noise / 10 * signs.to(u)
+
     first = 0.4 * len(h) * max_stable_step(h)  # a fifth of the squared spacing
     times = [first * 1.1**i for i in range(90)]  # up to a thousand squared spacings, a blur of 45 pixels
+    flows = _evolve(u, h, times, **options), _evolve(u + probe(), h, times, **options)
     best, least = 0, noise**2  # the error of doing nothing
-    for i, (_, pair) in enumerate(_evolve(torch.cat([u, u + probe]), h, times, **options), start=1):
-        error = sure(u[0], pair[0], pair[1], probe[0], noise)
+    for i, ((_, clean), (_, moved)) in enumerate(zip(*flows, strict=True)):
+        error = sure(u, clean, moved, probe(), noise)
         if error < least:
             best, least = i, error
         elif i - best == 8:  # twice the best time, and no better
@@ -444,16 +457,11 @@ def diffuse(
             with torch.no_grad():
                 times = _best_times(picture.detach(), h, level.item(), contrast=k.detach(), **options)
             jobs.append((picture, k, times))
-
-    results = []
-    for picture, k, times in jobs:
-        states = [(0.0, picture)]
-        for state in _evolve(picture, h, times, contrast=k, **options):
-            states = [*states, state] if history else [state]
-        results.append(states)
+    flows = [_evolve(picture, h, times, contrast=k, **options) for picture, k, times in jobs]
     if history:
-        return [(now, back(picture)) for now, picture in results[0]]
-    return back(torch.cat([states[-1][1] for states in results]))
+        return [(now, back(picture.clone())) for now, picture in flows[0]]
+    u = picture = jobs = None  # let go of the memory
+    return back(torch.cat([deque(flow, maxlen=1)[0][1] for flow in flows]))
 
 # %% ../book/02b_directions.ipynb #50a7d9ee
 from itertools import combinations, product

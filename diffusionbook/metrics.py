@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['extract', 'fid', 'Estimate', 'kid', 'PrecisionRecall', 'nearest_neighbours', 'precision_recall', 'data_copying',
-           'JudgeConfig', 'Judge']
+           'inception_features', 'JudgeConfig', 'Judge']
 
 # %% ../book/10_metrics.ipynb #9774177c
 from collections.abc import Callable
@@ -183,6 +183,23 @@ def data_copying(train: Tensor, unseen: Tensor, fake: Tensor, *, features: Calla
     others, n, m = others.sort().values, len(painted), len(others)
     farther = (torch.searchsorted(others, painted) + torch.searchsorted(others, painted, right=True)) / 2  # (n,)
     return Estimate(1 - farther.double().mean().item() / m, ((n + m + 1) / (12 * n * m)) ** 0.5)
+
+# %% ../book/10_metrics.ipynb #a17342a4
+def inception_features(network: nn.Module) -> Callable:
+    """The feature extractor of the literature: torchvision's Inception v3 without its last layer.
+
+    `network` is `torchvision.models.inception_v3(weights="DEFAULT")`; it loses its last layer for good. Returns a
+    function from pictures (B, 3, H, W) in [-1, 1] to (B, 2048). Papers use a port of other weights, and other ways to
+    resize: scores are comparable with each other, not with theirs (Parmar et al. 2022). Defined in chapter 10.
+    """
+    network.fc, network.transform_input = nn.Identity(), False  # our range is the one it was trained on
+    network.eval()
+
+    def features(images: Tensor) -> Tensor:
+        check_images(images)
+        return network(F.interpolate(images, (299, 299), mode="bilinear", antialias=True))
+
+    return features
 
 # %% ../book/10_metrics.ipynb #35e1a937
 @dataclass(frozen=True)

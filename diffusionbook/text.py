@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOS', 'EOS', 'END_OF_WORD', 'WORD_PATTERN', 'ACTIVATIONS', 'clean_text', 'byte_symbols', 'spell', 'merge_pair',
            'learn_merges', 'clip_vocabulary', 'Tokenizer', 'train_bpe', 'clip_tokenizer', 'GPT2Tokenizer',
-           'gpt2_tokenizer', 'quick_gelu', 'TextConfig', 'TextAttention', 'MLP', 'TransformerBlock', 'TextEncoder']
+           'gpt2_tokenizer', 'quick_gelu', 'TextAttention', 'MLP', 'TransformerBlock', 'TextConfig', 'TextEncoder']
 
 # %% ../book/13_text.ipynb #d2297d07
 import gzip
@@ -387,6 +387,63 @@ def quick_gelu(x):
 # gelu_new is GPT-2's: the curve of gelu by a formula with tanh
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
+# %% ../book/13_text.ipynb #71340399
+class TextAttention(nn.Module):
+    """Multi-head self-attention on (B, L, width); `causal` hides later tokens. Defined in chapter 13."""
+
+    def __init__(self, width, heads, *, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, width / heads)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(h.transpose(1, 2).flatten(2))  # (B, L, width)
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear, on each token alone. Defined in chapter 13."""
+
+    def __init__(self, width, ff_width, *, activation):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(width, ff_width)
+        self.fc2 = nn.Linear(ff_width, width)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), on (B, L, width). Defined in chapter 13."""
+
+    def __init__(self, width, heads, ff_width, *, activation, causal, norm_eps=1e-5):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.self_attn = TextAttention(width, heads, causal=causal)
+        self.layer_norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, ff_width, activation=activation)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+    def init_weights(self, layers):
+        """CLIP's start: what is added to the stream is scaled down by the square root of 2 × `layers`."""
+        width = self.layer_norm1.normalized_shape[0]
+        attn_std, fc_std = width**-0.5, (2 * width) ** -0.5
+        add_std = attn_std * (2 * layers) ** -0.5
+        attn, mlp = self.self_attn, self.mlp
+        for linear, std in [(attn.q_proj, attn_std), (attn.k_proj, attn_std), (attn.v_proj, attn_std),
+                            (attn.out_proj, add_std), (mlp.fc1, fc_std), (mlp.fc2, add_std)]:
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
+
 # %% ../book/13_text.ipynb #8b899be9
 @dataclass(frozen=True)
 class TextConfig:
@@ -460,63 +517,6 @@ class TextConfig:
             eos_id=config.get("eos_token_id", 49_407),
             pad_id=config.get("pad_token_id", 1),
         )
-
-# %% ../book/13_text.ipynb #71340399
-class TextAttention(nn.Module):
-    """Multi-head self-attention on (B, L, width); `causal` hides later tokens. Defined in chapter 13."""
-
-    def __init__(self, width, heads, *, causal):
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, width / heads)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(h.transpose(1, 2).flatten(2))  # (B, L, width)
-
-
-class MLP(nn.Module):
-    """Linear, activation, Linear, on each token alone. Defined in chapter 13."""
-
-    def __init__(self, width, ff_width, *, activation):
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.fc1 = nn.Linear(width, ff_width)
-        self.fc2 = nn.Linear(ff_width, width)
-
-    def forward(self, x):
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), on (B, L, width). Defined in chapter 13."""
-
-    def __init__(self, width, heads, ff_width, *, activation, causal, norm_eps=1e-5):
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.self_attn = TextAttention(width, heads, causal=causal)
-        self.layer_norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = MLP(width, ff_width, activation=activation)
-
-    def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-    def init_weights(self, layers):
-        """CLIP's start: what is added to the stream is scaled down by the square root of 2 × `layers`."""
-        width = self.layer_norm1.normalized_shape[0]
-        attn_std, fc_std = width**-0.5, (2 * width) ** -0.5
-        add_std = attn_std * (2 * layers) ** -0.5
-        attn, mlp = self.self_attn, self.mlp
-        for linear, std in [(attn.q_proj, attn_std), (attn.k_proj, attn_std), (attn.v_proj, attn_std),
-                            (attn.out_proj, add_std), (mlp.fc1, fc_std), (mlp.fc2, add_std)]:
-            nn.init.normal_(linear.weight, std=std)
-            nn.init.zeros_(linear.bias)
 
 # %% ../book/13_text.ipynb #dc6b12be
 class TextEncoder(Model):

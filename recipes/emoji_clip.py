@@ -4,8 +4,8 @@
 
 Most steps read only a part of each picture's patches, which costs a third (Li et al. 2023, "FLIP"); the last seventh
 reads them all. Resumable: the same command goes on where it stopped. At the end the weights go to
-diffusionbook/weights/emoji/clip. With `--hard` equal captions in a batch count as wrong for each other (false
-negatives), to see what that costs; nothing is shipped then.
+diffusionbook/weights/emoji/clip. A caption without its style is true of other pictures in the batch too. With `--hard`
+these count as wrong (false negatives), to see what that costs; nothing is shipped then.
 """
 
 import argparse
@@ -124,22 +124,25 @@ def main(folder: Path, steps: int, hard: bool) -> None:
     tokenizer = Tokenizer.from_pretrained(SHIPPED / "tokenizer")
     exam = Exam(tokenizer, device)
     captions = [compose_caption(a["name"], tone=a["tone"], style=style) for a in data.attributes
-                for style in (a["style"], None)]  # numbers 2i and 2i + 1 are picture i with and without its style
-    ids = tokenizer(captions).to(device)
+                for style in (a["style"], None)]
+    ids = tokenizer(captions).unflatten(0, (-1, 2)).to(device)  # (pictures, with and without style, 32)
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    number = torch.tensor([numbers[caption] for caption in captions], device=device)
+    number = torch.tensor([numbers[caption] for caption in captions], device=device).view(-1, 2)
     same_name, same_subgroup = Neighbours(names), Neighbours([a["subgroup"] for a in data.attributes])
 
     def loss(kept: int):
         def contrast(clip: CLIP, index: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
             index = index.cpu()
             index = torch.cat([index, same_name.draw(index, generator), same_subgroup.draw(index, generator)])
-            caption = 2 * index + (torch.rand(len(index), generator=generator) < WITHOUT_STYLE)
-            seen, caption = vary(images[index.to(device)], generator), caption.to(device)
+            bare = (torch.rand(len(index), generator=generator) < WITHOUT_STYLE).long()  # captions without a style
+            index, bare = index.to(device), bare.to(device)
+            seen = vary(images[index], generator)
             patches = choose_patches(seen, clip.config.vision.patch, kept, generator) if kept else None
-            value = contrastive_loss(gather_rows(clip.encode_image(seen, patches)),
-                                     gather_rows(clip.encode_text(ids[caption])), clip.logit_scale,
-                                     captions=None if hard else gather_rows(number[caption]))
+            image, text = clip.encode_image(seen, patches), clip.encode_text(ids[index, bare])
+            shown, said = gather_rows(number[index]), gather_rows(number[index, bare])
+            right = (shown[:, :, None] == said).any(1)  # text j is picture i's caption, with or without its style
+            value = contrastive_loss(gather_rows(image), gather_rows(text), clip.logit_scale,
+                                     right=None if hard else right)
             return value, {"scale": clip.logit_scale.exp().item()}
         return contrast
 

@@ -1,11 +1,20 @@
 """Build once what the tests of the book look at: its pages, and the wheel."""
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import export_page
 import pytest
+from playwright.sync_api import sync_playwright
+
+from diffusionbook.stable_diffusion import StableDiffusion
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +24,7 @@ def book(root, tmp_path_factory):
     command = [Path(sys.executable).with_name("jupyter-book"), "build", root, "--path-output", out,
                "-W", "-n", "--keep-going"]
     done = subprocess.run(command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    export_page.export(StableDiffusion.from_pretrained("emoji"), out / "_build/html/_static/paint/models")
     return SimpleNamespace(html=out / "_build" / "html", log=done.stdout, status=done.returncode)
 
 
@@ -31,3 +41,16 @@ def wheel(root, tmp_path_factory):
                     "-w", folder, source], check=True)
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium: the system's, or the one that `playwright install chromium` fetched."""
+    with sync_playwright() as playwright:
+        path = next(filter(None, map(shutil.which, BROWSERS)), None) or playwright.chromium.executable_path
+        if not os.path.exists(path):
+            message = "no browser found; install one with: sudo apt install chromium"
+            (pytest.fail if os.environ.get("DIFFUSIONBOOK_NEEDS_BROWSER") else pytest.skip)(message)
+        browser = playwright.chromium.launch(executable_path=path, args=QUIET)
+        yield browser
+        browser.close()

@@ -1,9 +1,7 @@
 """The built book: no warning, no dead link, and pages that look right in a browser."""
 import ast
 import json
-import os
 import re
-import shutil
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -11,11 +9,6 @@ import repository
 import yaml
 from bs4 import BeautifulSoup
 from exported_code import first_public_name, modules
-from playwright.sync_api import sync_playwright
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +104,19 @@ def test_first_public_name():
     assert first_public_name("not python") is None
 
 
+def test_glossary_words_carry_their_definition(book, pages, chapters):
+    entries = {dt["id"]: dt.find_next("dd").p.get_text() for dt in
+               pages[book.html / "book" / "glossary.html"].select("dl.glossary dt")}
+    seen = set()
+    for name in chapters:
+        for link in pages[book.html / f"{name}.html"].select("article a[href*='glossary.html#term-']"):
+            word = link["href"].partition("#")[2]
+            assert link.parent["class"] == ["term-hover"], f"{name}: {word} has no card"
+            assert " ".join(link.find_next_sibling("span").get_text().split()) == " ".join(entries[word].split())
+            seen.add(word)
+    assert len(seen) > 20
+
+
 def test_every_chapter_opens_in_colab(root, book, pages, chapters):
     here = repository.owner_and_name(repository.setting())
     for name in notebooks(root, chapters):
@@ -126,19 +132,6 @@ def test_every_picture_has_words(root, book, pages, chapters):
 
 
 # --- what a browser shows ----------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def browser(book):
-    """Headless Chromium: the system's, or the one that `playwright install chromium` fetched."""
-    with sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, BROWSERS)), None) or playwright.chromium.executable_path
-        if not os.path.exists(path):
-            message = "no browser found; install one with: sudo apt install chromium"
-            (pytest.fail if os.environ.get("DIFFUSIONBOOK_NEEDS_BROWSER") else pytest.skip)(message)
-        browser = playwright.chromium.launch(executable_path=path, args=QUIET)
-        yield browser
-        browser.close()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
 def test_pages_look_right(book, browser, chapters, width, scheme):

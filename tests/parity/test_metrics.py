@@ -1,4 +1,9 @@
-"""Scores against SciPy."""
+"""Scores against SciPy and torch-fidelity."""
+
+import importlib
+import importlib.util
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -7,7 +12,7 @@ from scipy.linalg import sqrtm
 from scipy.spatial import cKDTree
 from scipy.stats import mannwhitneyu
 
-from diffusionbook.metrics import data_copying, fid, nearest_neighbours, precision_recall
+from diffusionbook.metrics import data_copying, fid, kid, nearest_neighbours, precision_recall
 
 RNG = np.random.default_rng(0)
 REAL = RNG.normal(size=(400, 24)) @ RNG.normal(size=(24, 24))
@@ -45,3 +50,39 @@ def test_data_copying_is_the_mann_whitney_statistic():
     expected = mannwhitneyu(near_unseen, near_fake).statistic / (len(unseen) * len(fake))
     result = data_copying(*(torch.from_numpy(points) for points in (train, unseen, fake)))
     assert result.value == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.fixture
+def fidelity(monkeypatch):
+    """The parts of torch-fidelity that compute scores from given features, without those that need torchvision."""
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None:
+        pytest.skip("torch-fidelity is not installed (pip install --no-deps torch-fidelity)")
+    package, utils = types.ModuleType("torch_fidelity"), types.ModuleType("torch_fidelity.utils")
+    package.__path__ = spec.submodule_search_locations
+    utils.__getattr__ = lambda name: None  # what loads pictures and extractors isn't called
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.utils", utils)
+    return lambda name: importlib.import_module(f"torch_fidelity.{name}")
+
+
+def test_fid_equals_torch_fidelity(fidelity):
+    theirs = fidelity("metric_fid")
+    statistics = [theirs.fid_features_to_statistics(torch.from_numpy(points)) for points in (REAL, FAKE)]
+    (expected,) = theirs.fid_statistics_to_metric(*statistics, False).values()
+    assert fid(torch.from_numpy(REAL), torch.from_numpy(FAKE)) == pytest.approx(expected, rel=1e-9)
+    assert expected > 1  # a comparison of zeros would say nothing
+
+
+def test_kid_equals_torch_fidelity(fidelity):
+    real, fake = torch.from_numpy(REAL[:350]), torch.from_numpy(FAKE)
+    theirs = fidelity("metric_kid").kid_features_to_metric(real, fake, kid_subsets=1, kid_subset_size=350,
+                                                           rng_seed=0, verbose=False)
+    assert kid(real, fake).value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+
+
+def test_precision_and_recall_equal_torch_fidelity(fidelity):
+    real, fake = torch.from_numpy(REAL), torch.from_numpy(FAKE)
+    ours = precision_recall(real, fake)
+    theirs = fidelity("metric_prc").prc_features_to_metric(fake, real, prc_neighborhood=3, verbose=False)
+    assert (ours.precision, ours.recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-9)

@@ -134,25 +134,36 @@ def test_the_temperature_is_held():
 
 def test_the_gradient_is_right():
     image, text = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    scale, captions = torch.tensor(1.3, dtype=torch.float64), torch.tensor([0, 1, 1, 2, 0])
+    scale = torch.tensor(1.3, dtype=torch.float64)
+    right = torch.rand(5, 5, generator=torch.Generator().manual_seed(1)) < 0.4
     for x in (image, text, scale):
         x.requires_grad_()
     assert torch.autograd.gradcheck(lambda *x: contrastive_loss(*x), (image, text, scale))
-    assert torch.autograd.gradcheck(lambda *x: contrastive_loss(*x, captions=captions), (image, text, scale))
+    assert torch.autograd.gradcheck(lambda *x: contrastive_loss(*x, right=right), (image, text, scale))
 
 
-def test_equal_captions_are_no_longer_wrong():
-    embeddings = torch.eye(4)[[0, 0, 1, 2]]  # rows 0 and 1 have one caption and one place
-    scale, captions = torch.tensor(math.log(100.0)), torch.tensor([7, 7, 1, 2])
-    hard = contrastive_loss(embeddings, embeddings, scale)
-    soft = contrastive_loss(embeddings, embeddings, scale, captions=captions)
-    assert hard.item() == soft.item() == pytest.approx(math.log(2) / 2, rel=1e-4)  # the least that there is
-    apart = torch.eye(4)  # the two equal captions pushed apart, which only the hard loss asks for
-    assert contrastive_loss(apart, apart, scale).item() < 1e-4
-    assert contrastive_loss(apart, apart, scale, captions=captions).item() > 10
-    distinct = torch.arange(4)
-    torch.testing.assert_close(contrastive_loss(embeddings, apart, scale, captions=distinct),
-                               contrastive_loss(embeddings, apart, scale))
+def test_what_is_right_shares_the_probability():
+    g = torch.Generator().manual_seed(0)
+    image, text, scale = torch.randn(4, 3, generator=g), torch.randn(4, 3, generator=g), torch.tensor(1.5)
+    right = torch.eye(4).bool()
+    torch.testing.assert_close(contrastive_loss(image, text, scale, right=right), contrastive_loss(image, text, scale))
+    right[0, 2] = True  # text 2 is true of image 0 too
+    logits = scale.exp() * nn.functional.normalize(image) @ nn.functional.normalize(text).T
+    of_images, of_texts = logits.log_softmax(1), logits.log_softmax(0)
+    by_hand = -(of_images.diagonal().sum() - of_images[0, 0] / 2 + of_images[0, 2] / 2
+                + of_texts.diagonal().sum() - of_texts[2, 2] / 2 + of_texts[0, 2] / 2) / 8
+    torch.testing.assert_close(contrastive_loss(image, text, scale, right=right), by_hand)
+    torch.testing.assert_close(contrastive_loss(image, text, scale, right=right & ~torch.eye(4).bool()), by_hand)
+
+
+def test_equal_captions_need_no_care():
+    """Captions that are equal letter by letter have equal embeddings, and then both losses are one number."""
+    g = torch.Generator().manual_seed(0)
+    captions = torch.tensor([0, 1, 0, 2, 1])
+    image, text = torch.randn(5, 3, generator=g), torch.randn(3, 3, generator=g)[captions]
+    same = captions[:, None] == captions
+    torch.testing.assert_close(contrastive_loss(image, text, torch.tensor(2.0), right=same),
+                               contrastive_loss(image, text, torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("image, text, match", [
@@ -189,8 +200,9 @@ from diffusionbook.clip import contrastive_loss, gather_rows
 dist.init_process_group("gloo")
 rank, net = dist.get_rank(), Towers()
 image, text, captions = (part.chunk(2)[rank] for part in pairs())
+captions = gather_rows(captions)
 loss = contrastive_loss(gather_rows(net.image(image)), gather_rows(net.text(text)), net.logit_scale,
-                        captions=gather_rows(captions))
+                        right=captions[:, None] == captions)
 (loss / 2).backward()  # as training.train does: the mean over processes, then the sum of their gradients
 for p in net.parameters():
     dist.all_reduce(p.grad)
@@ -206,7 +218,8 @@ def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path, root):
                           text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     net, (image, text, captions) = Towers(), pairs()
-    loss = contrastive_loss(gather_rows(net.image(image)), net.text(text), net.logit_scale, captions=captions)
+    loss = contrastive_loss(gather_rows(net.image(image)), net.text(text), net.logit_scale,
+                            right=captions[:, None] == captions)
     loss.backward()
     for rank in (0, 1):
         theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

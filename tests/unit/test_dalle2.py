@@ -184,6 +184,19 @@ def test_without_the_prior(tiny):
     assert all((a - b).abs().mean() > 0.001 for a, b in ((alone, text), (text, image), (alone, image)))
 
 
+def test_without_the_prior_it_is_glide(tiny):
+    """One cascade, two systems: the same decoder reads captions alone, and paints a hole that it is shown."""
+    glide = tiny.without_prior()
+    told = glide.denoiser(["pizza"], guidance=1, concat=torch.zeros(1, 4, 8, 8))
+    own = tiny.denoiser(None, ["pizza"], guidance=1)
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(told(x, 500).x0.clamp(-1, 1), own(x, 500).x0)
+    image, mask = pictures(1), torch.zeros(16, 16, dtype=torch.bool)
+    mask[:, 8:] = True
+    painted = glide.inpaint(image, mask, "pizza", steps=2, upsampler_steps=2, output="tensor", progress=False)
+    assert torch.equal(painted[..., :8], image[..., :8]) and (painted - image)[..., 8:].abs().mean() > 0.1
+
+
 def test_the_stages_draw_different_noise(tiny):
     seen = {}
     tiny.paint(None, ["pizza"], steps=2, on_step=lambda i, x, answer: seen.setdefault(i, x))
@@ -287,6 +300,16 @@ def test_saved_and_loaded(tiny, tmp_path):
         torch.testing.assert_close(again.clip.encode_image(pictures(2)), tiny.clip.encode_image(pictures(2)))
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "UnCLIPPipeline" and "super_res_last" not in index
+
+
+def test_an_upsampler_that_learned_from_bilinear_pictures(tiny, tmp_path):
+    parts = {name: getattr(tiny, name) for name in ("text_encoder", "tokenizer", "prior", "text_projection", "decoder")}
+    other = DallE2(**parts, upsampler=tiny.upsampler, bilinear=True)
+    assert (other.enlarge(pictures(1, 8), steps=2) - tiny.enlarge(pictures(1, 8), steps=2)).abs().mean() > 1e-4
+    other.save_pretrained(tmp_path)
+    again = DallE2.from_pretrained(tmp_path)
+    assert again.bilinear and again.upsampler.prediction == "epsilon"
+    assert (again.enlarge(pictures(1, 8), steps=2) - other.enlarge(pictures(1, 8), steps=2)).abs().max() < 2 / 255
 
 
 def test_public_folders_keep_the_two_halves_of_clip_apart(tiny, tmp_path):

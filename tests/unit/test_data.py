@@ -21,6 +21,7 @@ from diffusionbook.data import (
     check_images,
     compose_caption,
     emoji,
+    film,
     from_pil,
     image_grid,
     pick_device,
@@ -148,6 +149,33 @@ def test_image_grid_takes_tensors_and_starts_a_new_row_after_eight():
     assert sheet.getpixel((0, 4)) == (255,) * 3 and sheet.getpixel((31, 0)) == (223,) * 3
     with pytest.raises(ValueError, match="at least one"):
         image_grid([])
+
+
+def test_film_plays_its_pictures_in_order_and_rests_on_the_last():
+    levels = [0, 60, 120, 240]
+    pictures = [Image.new("RGB", (3, 2), (level, 0, level)) for level in levels]
+    shown = film(pictures, seconds=2, scale=3)
+    with Image.open(io.BytesIO(shown)) as opened:
+        assert opened.format == "PNG" and opened.n_frames == 4 and opened.size == (9, 6) and opened.info["loop"] == 0
+        for i, level in enumerate(levels):
+            opened.seek(i)
+            assert opened.convert("RGB").getcolors() == [(54, (level, 0, level))]
+            assert opened.info["duration"] == (1500 if i == 3 else 500)
+    assert shown._repr_png_() == bytes(shown) and repr(shown) == f"<film of {len(shown):,} bytes>"
+
+
+def test_film_takes_tensors_and_needs_a_picture():
+    noise = torch.rand(5, 3, 8, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with Image.open(io.BytesIO(film(noise, colors=8))) as opened:
+        assert opened.n_frames == 5 and opened.size == (6, 8)
+        seen = set()
+        for i in range(5):
+            opened.seek(i)
+            seen |= {color for _, color in opened.convert("RGB").getcolors()}
+        assert len(seen) <= 8  # one palette for all
+    assert film(noise) == film(noise)
+    with pytest.raises(ValueError, match="at least one"):
+        film([])
 
 
 def test_pick_device_follows_the_machine(monkeypatch):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusionbook import glide
+from diffusionbook import dalle2, glide
 from diffusionbook.checkpoints import to_guided_diffusion
 from diffusionbook.denoising import Condition, Denoiser, classifier_free
 from diffusionbook.glide import (
@@ -209,11 +209,11 @@ WORDS = ["red heart, noto style", "pizza, twemoji style", "grinning face, 3d sty
 class Words:
     """A tokenizer like GPT-2's: no beginning, filled up with the end token; too long a text is an error."""
 
-    def __call__(self, texts):
+    def __call__(self, texts, *, truncate=True):
         bpe, rows = train_bpe(WORDS, 540, context_length=40), []
         for row in bpe(texts).tolist():
             ids = row[1:row.index(539)]
-            if len(ids) > 12:
+            if len(ids) > 12 and not truncate:
                 raise ValueError(f"a text has {len(ids)} tokens, at most 12 fit")
             rows.append(ids + [539] * (12 - len(ids)))
         return torch.tensor(rows)
@@ -273,6 +273,16 @@ def test_unfit_ids_are_refused(ids, message):
         tiny_text()(ids)
     with pytest.raises(ValueError, match="the mask must be boolean"):
         tiny_text()(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3))
+
+
+def test_captions_are_read_by_gpt2s_tokenizer_in_lower_case():
+    torch.manual_seed(0)
+    text = GlideText(replace(GlideTextConfig(), width=16, layers=1, heads=2)).eval()
+    told = text.condition(["A red heart", "a red heart", ""])
+    assert told.context.shape == (3, 128, 16) and told.embedding.shape == (3, 768)
+    assert torch.equal(told.context[0], told.context[1]) and not torch.allclose(told.context[0], told.context[2])
+    with pytest.raises(ValueError, match="room for 128"):
+        text.condition(["heart " * 200])
 
 
 # The pipeline
@@ -430,6 +440,18 @@ def test_a_tokenizer_is_saved_with_the_text_model(tmp_path):
     pipe.save_pretrained(tmp_path)
     again = Glide.from_pretrained(tmp_path)
     torch.testing.assert_close(again("red heart", **FAST), pipe("red heart", **FAST), rtol=0, atol=1e-3)
+
+
+def test_the_miniature_is_a_dalle2_without_its_prior(pipe, tmp_path, monkeypatch):
+    asked = []
+
+    class Cascade:
+        def without_prior(self):
+            return pipe
+
+    monkeypatch.setattr(dalle2.DallE2, "from_pretrained", lambda folder: asked.append(folder) or Cascade())
+    (tmp_path / "decoder").mkdir()
+    assert Glide.from_pretrained(tmp_path) is pipe and asked == [tmp_path]
 
 
 def test_an_index_that_names_foreign_code_is_refused(pipe, tmp_path):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusionbook.__main__ import main
+from diffusionbook.__main__ import SYSTEMS, _painter, main
 from diffusionbook.data import image_grid
 
 
@@ -50,6 +51,28 @@ def test_a_caption_becomes_a_file(run, model, tiny, tmp_path):
     with Image.open(tmp_path / "heart.png") as picture:
         assert abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 2
     assert "/4" in err  # the progress bar
+
+
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_each_system_has_a_name(monkeypatch, model):
+    module, name = SYSTEMS[model]
+    pipeline = getattr(import_module(f"diffusionbook.{module}"), name)
+    asked = []
+    monkeypatch.setattr(pipeline, "from_pretrained", asked.append)
+    _painter(model)
+    assert asked == ["emoji"]
+
+
+def test_what_a_system_cannot_do_is_named(run, monkeypatch, tmp_path):
+    class Writer:
+        def to(self, device):
+            return self
+
+        def __call__(self, prompt, *, n=1, seed=0, guidance=1.0):
+            raise AssertionError("nothing should be painted")
+
+    monkeypatch.setattr("diffusionbook.__main__._painter", lambda model: Writer())
+    refused(run("generate", "pizza", "--steps", 5, "--model", "dalle", "--out", tmp_path / "x.png"), "dalle", "--steps")
 
 
 @pytest.mark.parametrize("count, size", [(4, (130, 130)), (16, (262, 262)), (3, (130, 130)), (1, (64, 64))])

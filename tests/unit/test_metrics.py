@@ -9,6 +9,7 @@ from diffusionbook.metrics import (
     data_copying,
     extract,
     fid,
+    inception_features,
     kid,
     nearest_neighbours,
     precision_recall,
@@ -123,9 +124,42 @@ def test_impossible_questions_are_named(call, message):
         call()
 
 
+# --- somebody else's network ---------------------------------------------------------------------
+class LikeInception(torch.nn.Module):
+    """The outside of torchvision's Inception v3."""
+
+    def __init__(self):
+        super().__init__()
+        self.transform_input, self.dropout, self.fc = True, torch.nn.Dropout(), torch.nn.Linear(12, 1000)
+
+    def forward(self, images):
+        assert images.shape[1:] == (3, 299, 299) and not self.transform_input
+        return self.fc(self.dropout(torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)))
+
+
+def test_inception_gives_its_last_hidden_layer_for_pictures_of_any_size():
+    features = inception_features(LikeInception())
+    pictures = cloud(6, 3, 32, 40).clamp(-1, 1).float()
+    points = extract(pictures, features)
+    assert points.shape == (6, 12)
+    flat = torch.full((2, 3, 16, 16), 0.25)
+    assert torch.allclose(extract(flat, features), torch.full((2, 12), 0.25, dtype=torch.float64), atol=1e-6)
+    assert fid(pictures, pictures, features=features) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="divide by 127.5"):
+        features(pictures * 255)
+
+
+def test_inception_of_torchvision_has_the_parts_that_are_changed():
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        network = models.inception_v3(weights=None, init_weights=False)
+        points = inception_features(network)(torch.empty(2, 3, 64, 64))
+    assert points.shape == (2, 2048)
+
+
 # --- the judge -----------------------------------------------------------------------------------
 CONFIG = JudgeConfig(names=("cat", "pizza", "waving hand"), groups=("animals", "food", "people"),
-                     tones=(None, "dark"), channels=(32, 32))
+                     tones=(None, "dark"), patch=4, channels=(32, 32))
 
 
 @pytest.fixture
@@ -166,5 +200,5 @@ def test_the_judge_says_what_it_does_not_know(judge):
         judge.report(torch.zeros(1, 3, 16, 16), attributes)
     with pytest.raises(ValueError, match="needs its attributes"):
         judge.report(torch.zeros(2, 3, 16, 16), attributes)
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ValueError, match="multiples of 8"):
         judge(torch.zeros(1, 3, 18, 16))

@@ -1,0 +1,176 @@
+"""The book's systems side by side: same captions, same seeds, same judge, on both kinds of held-out combination.
+
+    python benchmarks/systems.py [--systems sd glide dalle dalle2] [--pictures 512]
+    python benchmarks/systems.py --systems dalle2 dalle2-text dalle2-caption
+
+The second line is the control that papers ask for: the decoder told what the prior draws, told the text's embedding in
+its place, or told the caption alone. Each result is a line in benchmarks/systems.jsonl; what is there already isn't
+measured again, so a run can be stopped and continued. `--tables` prints what is there. Needs the weights of the judge,
+of CLIP and of the systems that are measured.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from diffusionbook.clip import CLIP
+from diffusionbook.data import compose_caption, emoji, pick_device
+from diffusionbook.metrics import Judge, data_copying, extract, fid, kid, nearest_neighbours
+
+LOG = Path(__file__).with_suffix(".jsonl")
+KINDS = ("tone_style", "object_style")  # the easy kind of held-out combination, and the hard one
+BATCH = 32
+VARIED, SEEDS = 16, 8  # captions without a style, and pictures of each
+
+Paint = Callable[..., torch.Tensor]  # (captions, seed=…) -> (B, 3, 64, 64) in [-1, 1]; picture i has seed + i
+
+
+def systems(device) -> dict[str, Callable[[], tuple[Paint, int]]]:
+    """What can be measured, by name: functions that load it and return how it paints, and its number of parameters."""
+    def sd():
+        from diffusionbook.stable_diffusion import StableDiffusion
+        pipe = StableDiffusion.from_pretrained("emoji").to(device)
+        return plain(pipe), count(pipe.unet, pipe.vae, pipe.text_encoder)
+
+    def dalle():
+        from diffusionbook.dalle import DallE
+        pipe = DallE.from_pretrained("emoji").to(device)
+        return plain(pipe), count(*(part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)))
+
+    def dalle2(kind: str):
+        from diffusionbook.dalle2 import DallE2
+        pipe = DallE2.from_pretrained("emoji").to(device)
+        networks = [pipe.text_encoder, pipe.text_projection, pipe.decoder.network, pipe.upsampler.network]
+        if kind == "prior":
+            return plain(pipe), count(*networks, pipe.prior.network)
+        if kind == "glide":
+            return plain(pipe.without_prior()), count(*networks)
+
+        def paint(captions, seed):
+            embedding = pipe.read(captions).embedding if kind == "text" else None
+            return pipe.paint(embedding, captions, seed=seed)
+
+        return paint, count(*networks)
+
+    return {"sd": sd, "dalle": dalle, "dalle2": lambda: dalle2("prior"), "glide": lambda: dalle2("glide"),
+            "dalle2-text": lambda: dalle2("text"), "dalle2-caption": lambda: dalle2("caption")}
+
+
+def plain(pipe) -> Paint:
+    """A pipeline as a function of captions and seed."""
+    return lambda captions, seed: pipe(captions, seed=seed, output="tensor", progress=False)
+
+
+def count(*networks) -> int:
+    """How many parameters networks have together."""
+    return sum(p.numel() for network in networks for p in network.parameters())
+
+
+def paint_all(paint: Paint, captions: list[str], *, seed: int = 0) -> tuple[torch.Tensor, float]:
+    """One picture for each caption, picture i from seed + i, on the CPU; and seconds per picture."""
+    start, pictures = time.perf_counter(), []
+    for i in range(0, len(captions), BATCH):
+        pictures.append(paint(captions[i:i + BATCH], seed=seed + i).float().cpu().clamp(-1, 1))
+    return torch.cat(pictures), (time.perf_counter() - start) / len(captions)
+
+
+@torch.no_grad()
+def scores(painted: torch.Tensor, real: torch.Tensor, attributes: list[dict], captions: list[str], *, judge: Judge,
+           clip: CLIP | None, train: torch.Tensor) -> dict[str, float]:
+    """What the judge, and CLIP, say of painted pictures beside the real ones of the same captions.
+
+    Shares of right answers, each also as a share of what the same judge gives the real pictures; FID and KID in the
+    judge's features; the mean CLIP score; distance to the nearest of the training pictures' features `train`, and the
+    chance to be nearer to them than the real pictures are (0.5: no copying).
+    """
+    ours, theirs = judge.report(painted, attributes), judge.report(real, attributes)
+    found = {key: share for key, share in ours.items()}
+    found |= {f"{key} / real": share / theirs[key] if theirs[key] else float("nan") for key, share in ours.items()}
+    features, true = (extract(images.to(judge.device), judge.features).cpu() for images in (painted, real))
+    estimate, copied = kid(true, features), data_copying(train, true, features)
+    found |= {"FID": fid(true, features), "KID": estimate.value, "KID error": estimate.error,
+              "nearest training picture": nearest_neighbours(features, train)[0].mean().item(),
+              "nearer than real": copied.value, "nearer than real error": copied.error}
+    if clip is not None:
+        for name, images in (("CLIP score", painted), ("CLIP score of real", real)):
+            found[name] = torch.cat([clip.score(images[i:i + BATCH].to(clip.device), captions[i:i + BATCH]).cpu()
+                                     for i in range(0, len(captions), BATCH)]).mean().item()
+    return found
+
+
+@torch.no_grad()
+def variety(paint: Paint, captions: list[str], judge: Judge) -> dict[str, float]:
+    """Over several seeds of captions without a style: how many styles the judge sees, how far pictures lie apart."""
+    styles, distances = [], []
+    for caption in captions:
+        pictures = paint_all(paint, [caption] * SEEDS)[0].to(judge.device)
+        styles.append(judge(pictures)["style"].argmax(1).unique().numel())
+        distances.append(F.pdist(judge.features(pictures).cpu()).mean().item())
+    return {"styles in 8 seeds": sum(styles) / len(styles), "captions with two styles or more":
+            sum(number > 1 for number in styles) / len(styles), "distance among seeds": sum(distances) / len(distances)}
+
+
+def measure(paint: Paint, *, pictures: int, judge: Judge, clip: CLIP | None, train: torch.Tensor,
+            kinds: tuple[str, ...] = KINDS) -> dict[str, dict[str, float]]:
+    """All scores of one system, for each held-out kind apart, and its variety."""
+    results = {}
+    for kind in kinds:
+        data = emoji(kind)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+        chosen = [order[i % len(order)] for i in range(pictures)]  # few captions come up more than once, with new seeds
+        attributes = [data.attributes[i] for i in chosen]
+        captions = [compose_caption(a["name"], tone=a["tone"], style=a["style"]) for a in attributes]
+        painted, seconds = paint_all(paint, captions)
+        results[kind] = scores(painted, data.images(chosen), attributes, captions, judge=judge, clip=clip,
+                               train=train) | {"seconds": seconds, "pictures": pictures}
+    names = sorted({a["name"] for a in emoji(kinds[-1]).attributes})
+    results["variety"] = variety(paint, names[::max(1, len(names) // VARIED)][:VARIED], judge)
+    return results
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table of results: a line for each number, a column for each system."""
+    lines = []
+    for part in (*KINDS, "variety"):
+        known = list(dict.fromkeys(key for row in rows for key in row["results"].get(part, {})))
+        lines += [f"\n| {part} | " + " | ".join(row["system"] for row in rows) + " |", "|---|" + "---:|" * len(rows)]
+        for key in known:
+            values = [row["results"].get(part, {}).get(key, float("nan")) for row in rows]
+            lines.append(f"| {key} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    return "\n".join(lines + ["", *(f"{row['system']}: {row['parameters']:,} parameters, on {row['device']}"
+                                    for row in rows)])
+
+
+def main() -> None:
+    device = pick_device()
+    known = systems(device)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--systems", nargs="+", default=["sd", "glide", "dalle", "dalle2"], choices=known)
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--tables", action="store_true", help="print what was measured and stop")
+    given = parser.parse_args()
+    rows = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
+    if not given.tables:
+        judge, clip = Judge.from_pretrained("emoji").to(device), CLIP.from_pretrained("emoji").to(device)
+        train = torch.cat([extract(emoji("train").images(range(i, i + 512)).to(device), judge.features).cpu()
+                           for i in range(0, len(emoji("train")) - 511, 512)])
+        done = {(row["system"], row["pictures"]) for row in rows}
+        for name in given.systems:
+            if (name, given.pictures) in done:
+                continue
+            paint, parameters = known[name]()
+            row = {"system": name, "pictures": given.pictures, "parameters": parameters, "device": device.type,
+                   "results": measure(paint, pictures=given.pictures, judge=judge, clip=clip, train=train)}
+            rows.append(row)
+            with LOG.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+// The page "Paint": a form, a canvas, and a strip with the steps.
+(() => {
+  const home = document.currentScript.src.replace(/[^/]*$/, ""), SIDE = 64;
+
+  function start() {
+    const root = document.getElementById("paint");
+    if (!root) return;
+    const part = (name) => root.querySelector(`[name=${name}], .paint-${name}`);
+    const [form, says, bar, film] = ["form", "says", "bar", "film"].map(part);
+    const say = (text) => { says.textContent = text; };
+    if (location.protocol === "file:") {
+      root.querySelectorAll("input, button").forEach((control) => { control.disabled = true; });
+      say("A browser runs this only for pages that come from a server. In the folder of the book, run "
+        + "“python -m http.server --directory _build/html” and open http://localhost:8000/book/paint.html.");
+      return;
+    }
+    for (const name of ["steps", "guidance"]) {
+      const show = () => { part(`${name}-value`).textContent = part(name).value; };
+      part(name).addEventListener("input", show);
+      show();
+    }
+
+    /** Put a picture, three planes with values in [-1, 1], on a canvas. */
+    function draw(canvas, picture) {
+      const pixels = new ImageData(SIDE, SIDE), size = SIDE * SIDE;
+      for (let i = 0; i < size; i++) {
+        for (let c = 0; c < 3; c++) pixels.data[4 * i + c] = (Math.min(1, Math.max(-1, picture[c * size + i])) + 1) * 127.5;
+        pixels.data[4 * i + 3] = 255;
+      }
+      canvas.getContext("2d").putImageData(pixels, 0, 0);
+    }
+
+    function addToFilm(picture, step) {
+      const frame = document.createElement("canvas");
+      Object.assign(frame, { width: SIDE, height: SIDE, title: `after step ${step}` });
+      draw(frame, picture);
+      film.append(frame);
+    }
+
+    let worker = null, began = 0, steps = 0;
+
+    function hear({ data }) {
+      if (data.loaded !== undefined) {
+        bar.value = data.loaded;
+        say(`Loading the model: ${Math.round(100 * data.loaded)} %`);
+      } else if (data.picture) {
+        draw(part("canvas"), data.picture);
+        addToFilm(data.picture, data.step);
+        bar.value = data.step / steps;
+        say(`Step ${data.step} of ${steps}`);
+      } else {
+        part("go").disabled = false;
+        const seconds = ((performance.now() - began) / 1000).toFixed(1);
+        say(data.error ? `That went wrong: ${data.error}. Reload the page to try again.` : `Painted in ${seconds} seconds.`);
+        root.dataset.state = data.error ? "failed" : "done";
+      }
+    }
+
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      const caption = part("caption").value.trim();
+      if (!caption) return say("Say what to paint, for example “red heart, noto style”.");
+      if (!worker) {
+        worker = new Worker(`${home}worker.js`, { type: "module" });
+        worker.onmessage = hear;
+        worker.onerror = (error) => hear({ data: { error: error.message || "the worker could not start" } });
+      }
+      film.replaceChildren();
+      [root.dataset.state, part("go").disabled, began, steps] = ["busy", true, performance.now(), Number(part("steps").value)];
+      worker.postMessage({ caption, steps, seed: Number(part("seed").value), guidance: Number(part("guidance").value) });
+    });
+    root.querySelectorAll(".paint-idea").forEach((idea) => idea.addEventListener("click", () => {
+      part("caption").value = idea.textContent;
+      if (!part("go").disabled) form.requestSubmit();
+    }));
+  }
+
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start); else start();
+})();

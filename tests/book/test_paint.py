@@ -1,0 +1,108 @@
+"""The page "Paint": in a browser it paints what Python paints."""
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from diffusionbook.samplers import starting_noise, timesteps
+from diffusionbook.stable_diffusion import StableDiffusion
+
+CAPTION, SEED, STEPS, GUIDANCE = "woman astronaut, dark skin tone, 3d style", 5, 3, 2.5
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves the files of a folder and doesn't print each request."""
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def served(book):
+    """The address of a small server of the built book, below a folder of its own."""
+    handler = partial(Quiet, directory=book.html.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/html"
+        server.shutdown()
+
+
+@pytest.fixture
+def page(browser, served):
+    page = browser.new_page()
+    page.set_default_timeout(600_000)
+    problems = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"{served}/book/paint.html")
+    yield page
+    assert not problems
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def painter():
+    return StableDiffusion.from_pretrained("emoji")
+
+
+def in_page(page, code, *arguments):
+    return page.evaluate(f"async (given) => {{ const m = await import('../_static/paint/painter.js'); {code} }}",
+                         list(arguments))
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1])
+def test_one_seed_one_noise(page, seed):
+    noise = in_page(page, "return [...m.standardNormal(given[0], 256)]", seed)
+    assert np.allclose(noise, starting_noise((1, 4, 8, 8), seed=seed).flatten(), atol=2e-6)
+
+
+def test_the_same_times(page, painter):
+    for steps in (1, 3, 7, 16, 50, 333):
+        assert in_page(page, "return m.timesteps(1000, given[0])", steps) == timesteps(painter.schedule, steps)[:-1]
+
+
+def test_the_same_words(page, painter):
+    captions = ["red heart", CAPTION, " Piñata:  MIX & match ", "“quotes”, it's 12 o’clock", "👍🏽 日本", "", "x" * 99]
+    rows = in_page(page, """
+        const facts = await (await fetch("../_static/paint/models/painter.json")).json();
+        return given.map((caption) => new m.Tokenizer(facts).encode(caption))""", *captions)
+    for caption, row in zip(captions, rows, strict=True):
+        assert row == painter.tokenizer([caption])[0].tolist(), caption
+
+
+def test_the_page_paints_what_python_paints(page, painter):
+    page.fill("[name=caption]", CAPTION)
+    page.fill("[name=seed]", str(SEED))
+    for name, value in (("steps", STEPS), ("guidance", GUIDANCE)):
+        page.locator(f"[name={name}]").evaluate("(slider, value) => { slider.value = value }", value)
+    page.click(".paint-go")
+    page.wait_for_selector("#paint[data-state=done], #paint[data-state=failed]")
+    assert "Painted in" in page.text_content(".paint-says")
+    assert page.locator(".paint-film canvas").count() == STEPS
+    shown = page.evaluate("""() => [...document.querySelector(".paint-canvas").getContext("2d")
+                              .getImageData(0, 0, 64, 64).data]""")
+    (picture,) = painter(CAPTION, seed=SEED, steps=STEPS, guidance=GUIDANCE, progress=False)
+    shown = np.array(shown).reshape(64, 64, 4)
+    assert np.abs(shown[..., :3] - np.asarray(picture, dtype=float)).max() <= 4
+    assert (shown[..., 3] == 255).all()
+
+
+def test_an_empty_caption_is_asked_for_again(page):
+    page.fill("[name=caption]", "   ")
+    page.click(".paint-go")
+    assert "Say what to paint" in page.text_content(".paint-says")
+
+
+def test_opened_as_a_file_the_page_says_how_to_serve_it(book, browser):
+    page = browser.new_page()
+    page.goto((book.html / "book" / "paint.html").as_uri())
+    assert "python -m http.server" in page.text_content(".paint-says")
+    assert page.is_disabled(".paint-go")
+    page.close()
+
+
+def test_what_the_reader_has_to_load_is_small(book):
+    folder = book.html / "_static" / "paint"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 60e6
