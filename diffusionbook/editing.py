@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'LORA_NAMES', 'as_images', 'img2img', 'as_mask', 'inpaint', 'invert', 'matching_tokens', 'edit_words',
-           'prompt_film', 'LowRank', 'LoRA', 'changeable_layers', 'load_lora', 'train_lora', 'ControlNetConfig', 'Hint',
-           'zero_convolution', 'ControlNet', 'Controlled', 'edge_map', 'with_controlnet', 'add_word', 'learn_word']
+           'prompt_film', 'LowRank', 'LoRA', 'changeable_layers', 'load_lora', 'train_lora', 'add_word', 'learn_word',
+           'ControlNetConfig', 'Hint', 'zero_convolution', 'ControlNet', 'Controlled', 'edge_map', 'with_controlnet']
 
-# %% ../book/20_editing.ipynb #99f354c2
+# %% ../book/20_editing.ipynb #c048470c
 import difflib
 import json
 import re
@@ -36,7 +36,7 @@ from .stable_diffusion import StableDiffusion
 from .training import DenoisingLoss, train
 from .unet import DownLevel, MiddleLevel, UNet, UNetConfig
 
-# %% ../book/20_editing.ipynb #48a9453e
+# %% ../book/20_editing.ipynb #981a3792
 def as_images(pictures) -> Tensor:
     """PIL pictures, or a tensor, as a checked tensor (B, 3, H, W) in [-1, 1]. Defined in chapter 20."""
     images = pictures if isinstance(pictures, Tensor) else from_pil(pictures)
@@ -74,7 +74,7 @@ def img2img(pipeline: StableDiffusion, image, prompt, *, strength: float = 0.6, 
     return pipeline.paint(denoise, latents.shape, captions=captions, facts=facts if metadata else None, times=times,
                           latents=latents, seed=seed, **options)
 
-# %% ../book/20_editing.ipynb #acdbbb8e
+# %% ../book/20_editing.ipynb #8e24536f
 def as_mask(mask, size: tuple[int, int]) -> Tensor:
     """A PIL picture or a tensor (H, W) or (B, 1, H, W) as zeros and ones (B, 1, H, W), float: 1 where to paint.
 
@@ -111,7 +111,7 @@ def inpaint(pipeline: StableDiffusion, image, mask, prompt, *, n: int = 1, negat
     return pipeline.paint(denoise, clean.shape, captions=captions, facts=facts if metadata else None, seed=seed,
                           **options)
 
-# %% ../book/20_editing.ipynb #ff3cad79
+# %% ../book/20_editing.ipynb #d67f67c1
 def invert(pipeline: StableDiffusion, image, prompt="", *, steps: int = 20, guidance: float = 1.0,
            corrections: int = 1) -> Tensor:
     """The noise (B, C, h, w) from which the pipeline would paint a picture: its deterministic way, walked backwards.
@@ -126,7 +126,7 @@ def invert(pipeline: StableDiffusion, image, prompt="", *, steps: int = 20, guid
     *_, (x, _) = ddim_invert(denoise, pipeline.encode(images), times, corrections=corrections)
     return x
 
-# %% ../book/20_editing.ipynb #1c927f85
+# %% ../book/20_editing.ipynb #60f03f0c
 def matching_tokens(source: list[int], target: list[int]) -> tuple[list[int], list[int]]:
     """Places of tokens that two rows of ids share, or have swapped one for one: (in source, in target).
 
@@ -189,7 +189,7 @@ def prompt_film(pipeline: StableDiffusion, captions: list[str], *, frames: int =
     noise = noise_source(seed)(torch.empty(shape)).expand(len(context), -1, -1, -1)
     return pipeline(context, latents=noise, seed=seed, **options)
 
-# %% ../book/20_editing.ipynb #9acfc63e
+# %% ../book/20_editing.ipynb #407aa0b4
 #: The layers that a LoRA usually changes: all projections of the attentions of a U-Net.
 ATTENTION = r"^unet\..*attn[12]\.to_(q|k|v|out\.0)$"
 
@@ -285,7 +285,7 @@ def changeable_layers(pipeline: StableDiffusion) -> dict[str, nn.Module]:
     return {f"{part}.{name}": layer for part in ("unet", "text_encoder")
             for name, layer in getattr(pipeline, part).named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
-# %% ../book/20_editing.ipynb #68646114
+# %% ../book/20_editing.ipynb #2b3f85c1
 #: Names of tensors in LoRA files → layer, and "down", "up" or "alpha".
 LORA_NAMES = [
     (r"\.lora_A\.(default\.)?weight$", ".down"), (r"\.lora_B\.(default\.)?weight$", ".up"),
@@ -363,7 +363,63 @@ def train_lora(pipeline: StableDiffusion, images, captions: list[str], *, rank: 
     average.swap(lora)
     return lora
 
-# %% ../book/20_editing.ipynb #9746a6d8
+# %% ../book/20_editing.ipynb #5eb9b65b
+def add_word(pipeline: StableDiffusion, word: str, vector: Tensor) -> None:
+    """Teach the pipeline's text encoder a word, one run of letters, whose vector (width,) is given.
+
+    A file of textual inversion holds such vectors by word. The word is not saved with the pipeline: keep the vector.
+    Defined in chapter 20.
+    """
+    encoder, table = pipeline.text_encoder, pipeline.text_encoder.embeddings["token_embedding"].weight.detach()
+    if vector.shape != table.shape[1:]:
+        raise ValueError(f"the vector of a word must have shape {tuple(table.shape[1:])}, got {tuple(vector.shape)}: "
+                         "it was learned for another model")
+    pipeline.tokenizer.add(word, len(table))
+    longer = torch.cat([table, vector[None].to(table)])
+    encoder.embeddings["token_embedding"] = nn.Embedding.from_pretrained(longer)
+    encoder.config = replace(encoder.config, vocab_size=len(longer))
+
+
+class _Word(nn.Module):
+    def __init__(self, vector: Tensor):
+        super().__init__()
+        self.vector = nn.Parameter(vector.clone())
+
+
+def learn_word(pipeline: StableDiffusion, images, word: str, *, caption: str = "{}", like: str, steps: int = 200,
+               lr: float = 5e-3, batch: int = 8, seed: int = 0, progress: bool = True) -> Tensor:
+    """Find the vector (width,) of a new word for what your pictures share, and add the word; no network changes.
+
+    `caption` has {} where the word goes, `like` is a word to start from. (Gal et al. 2023, textual inversion.)
+    Defined in chapter 20.
+    """
+    encoder, ids = pipeline.text_encoder, pipeline.tokenizer.encode(like)
+    table = encoder.embeddings["token_embedding"].weight.detach()
+    learned = _Word(table[ids].mean(0))
+    add_word(pipeline, word, learned.vector.detach())
+    number = pipeline.tokenizer.added[word.lower()]
+    for network in (encoder, pipeline.unet):
+        network.requires_grad_(False)
+    rows = pipeline.tokenizer([caption.format(word), ""]).to(pipeline.device)
+    loss = DenoisingLoss(pipeline.schedule, pipeline.prediction)
+
+    def put_in(layer, args, output: Tensor) -> Tensor:
+        return torch.where((args[0] == number)[..., None], learned.vector, output)
+
+    def told(_, batch: Tensor, generator: torch.Generator) -> Tensor:
+        context = encoder(rows[:1]).expand(len(batch), -1, -1)
+        return loss(pipeline.unet, {"x0": batch, "context": context}, generator)
+
+    hook = encoder.embeddings["token_embedding"].register_forward_hook(put_in)
+    try:
+        train(learned, pipeline.encode(as_images(images)), told, steps=steps, lr=lr, batch=batch, warmup=10, ema=0.98,
+              weight_decay=0.0, seed=seed, progress=progress).swap(learned)
+    finally:
+        hook.remove()
+    encoder.embeddings["token_embedding"].weight.data[number] = learned.vector.detach()
+    return learned.vector.detach()
+
+# %% ../book/20_editing.ipynb #64ee16fe
 @dataclass(frozen=True)
 class ControlNetConfig:
     """The shape of a `ControlNet`: that of the U-Net it steers, and the widths by which a hint shrinks.
@@ -494,7 +550,7 @@ class Controlled(nn.Module):
         memories = [memory + self.strength * side for memory, side in zip(memories, sides, strict=True)]
         return unet.ascend(h + self.strength * middle, memories, time, words)
 
-# %% ../book/20_editing.ipynb #d49b34db
+# %% ../book/20_editing.ipynb #d2c505bc
 def edge_map(pictures, *, sigma: float = 1.0) -> Tensor:
     """White edges on black (B, 3, H, W) in [0, 1], found by Canny's method: a hint for a ControlNet.
 
@@ -533,63 +589,7 @@ def with_controlnet(pipeline: StableDiffusion, control: ControlNet):
 
     return paint
 
-# %% ../book/20_editing.ipynb #24055c9c
-def add_word(pipeline: StableDiffusion, word: str, vector: Tensor) -> None:
-    """Teach the pipeline's text encoder a word, one run of letters, whose vector (width,) is given.
-
-    A file of textual inversion holds such vectors by word. The word is not saved with the pipeline: keep the vector.
-    Defined in chapter 20.
-    """
-    encoder, table = pipeline.text_encoder, pipeline.text_encoder.embeddings["token_embedding"].weight.detach()
-    if vector.shape != table.shape[1:]:
-        raise ValueError(f"the vector of a word must have shape {tuple(table.shape[1:])}, got {tuple(vector.shape)}: "
-                         "it was learned for another model")
-    pipeline.tokenizer.add(word, len(table))
-    longer = torch.cat([table, vector[None].to(table)])
-    encoder.embeddings["token_embedding"] = nn.Embedding.from_pretrained(longer)
-    encoder.config = replace(encoder.config, vocab_size=len(longer))
-
-
-class _Word(nn.Module):
-    def __init__(self, vector: Tensor):
-        super().__init__()
-        self.vector = nn.Parameter(vector.clone())
-
-
-def learn_word(pipeline: StableDiffusion, images, word: str, *, caption: str = "{}", like: str, steps: int = 200,
-               lr: float = 5e-3, batch: int = 8, seed: int = 0, progress: bool = True) -> Tensor:
-    """Find the vector (width,) of a new word for what your pictures share, and add the word; no network changes.
-
-    `caption` has {} where the word goes, `like` is a word to start from. (Gal et al. 2023, textual inversion.)
-    Defined in chapter 20.
-    """
-    encoder, ids = pipeline.text_encoder, pipeline.tokenizer.encode(like)
-    table = encoder.embeddings["token_embedding"].weight.detach()
-    learned = _Word(table[ids].mean(0))
-    add_word(pipeline, word, learned.vector.detach())
-    number = pipeline.tokenizer.added[word.lower()]
-    for network in (encoder, pipeline.unet):
-        network.requires_grad_(False)
-    rows = pipeline.tokenizer([caption.format(word), ""]).to(pipeline.device)
-    loss = DenoisingLoss(pipeline.schedule, pipeline.prediction)
-
-    def put_in(layer, args, output: Tensor) -> Tensor:
-        return torch.where((args[0] == number)[..., None], learned.vector, output)
-
-    def told(_, batch: Tensor, generator: torch.Generator) -> Tensor:
-        context = encoder(rows[:1]).expand(len(batch), -1, -1)
-        return loss(pipeline.unet, {"x0": batch, "context": context}, generator)
-
-    hook = encoder.embeddings["token_embedding"].register_forward_hook(put_in)
-    try:
-        train(learned, pipeline.encode(as_images(images)), told, steps=steps, lr=lr, batch=batch, warmup=10, ema=0.98,
-              weight_decay=0.0, seed=seed, progress=progress).swap(learned)
-    finally:
-        hook.remove()
-    encoder.embeddings["token_embedding"].weight.data[number] = learned.vector.detach()
-    return learned.vector.detach()
-
-# %% ../book/20_editing.ipynb #dad96148
+# %% ../book/20_editing.ipynb #986ad036
 StableDiffusion.img2img = img2img
 StableDiffusion.inpaint = inpaint
 StableDiffusion.invert = invert

@@ -389,7 +389,7 @@ class Glide:
 
     @classmethod
     def from_pretrained(cls, name_or_path) -> "Glide":
-        """Load what `save_pretrained` wrote, or a folder with public files (`base.pt`, `upsample.pt`, …).
+        """Load what `save_pretrained` wrote, public files (`base.pt`, …), or a `DallE2` without its prior.
 
         Raises `FileNotFoundError` for what is missing, `ValueError` for what doesn't fit or was altered.
         """
@@ -401,6 +401,9 @@ class Glide:
         for base, upsampler in (("base", "upsample"), ("base_inpaint", "upsample_inpaint")):
             if base in found:
                 return cls.from_files(found[base], found.get(upsampler))
+        if (folder / "decoder").is_dir():  # a DALL·E 2 that was trained to do without its prior, as the miniature is
+            cascade = importlib.import_module("diffusionbook.dalle2").DallE2  # of a later chapter
+            return cascade.from_pretrained(folder).without_prior()
         raise FileNotFoundError(f"{folder} holds no GLIDE: expected glide.json (save_pretrained writes it) or base.pt")
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:

@@ -233,7 +233,7 @@ def signed(picture: Image.Image, facts: dict) -> Image.Image:
     picture.save = partial(picture.save, pnginfo=chunks)
     return picture
 
-# %% ../book/19_stable_diffusion.ipynb #1318d296
+# %% ../book/19_stable_diffusion.ipynb #3cc20969
 #: Methods that chapter 20 adds; the first use of one of them loads that chapter's module.
 EDITING = ("img2img", "inpaint", "invert", "load_lora", "with_controlnet")
 
@@ -294,8 +294,9 @@ class StableDiffusion:
             "timestep_spacing": "trailing",
         }
         nothing = {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
+        nothing["requires_safety_checker"] = False
         kind = "StableDiffusionInpaintPipeline" if self.extra_channels else "StableDiffusionPipeline"
-        index = {"_class_name": kind, **PARTS, **nothing, "requires_safety_checker": False}
+        index = {"_class_name": kind, "_diffusers_version": "0.31.0", **PARTS, **nothing}
         for name, content in {"scheduler/scheduler_config.json": scheduler, "model_index.json": index}.items():
             text = json.dumps(content, indent=2) + "\n"
             write_atomically(folder / name, lambda path, text=text: Path(path).write_text(text))

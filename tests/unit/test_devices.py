@@ -9,6 +9,7 @@ from diffusionbook.clip import CLIP, contrastive_loss
 from diffusionbook.dalle import DalleTransformer, sample_codes
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
 from diffusionbook.dvae import DVAE, VQ, gumbel_noise
+from diffusionbook.editing import Controlled, ControlNet
 from diffusionbook.glide import GlideText, GlideTextConfig, clip_guidance, keep_known
 from diffusionbook.samplers import SAMPLERS, sample, timesteps
 from diffusionbook.schedules import NoiseSchedule
@@ -37,6 +38,17 @@ def test_unet(preset):
     x, context = unet_inputs(model.config)
     out = model(x, torch.empty(2, dtype=torch.int64, device=META), context)
     assert out.device == META and out.shape == (2, model.config.out_channels, *x.shape[2:])
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sd21"])
+def test_controlnet(preset):
+    unet = on_meta(UNet, preset)
+    with META:
+        control = ControlNet.beside(unet)
+    x, context = unet_inputs(unet.config)
+    side = 8 * unet.config.sample_size
+    network = Controlled(unet, control, torch.empty(1, 3, side, side, device=META))  # one hint for two with guidance
+    assert network(x, torch.empty(2, dtype=torch.int64, device=META), context).shape == x.shape
 
 
 @pytest.mark.parametrize("preset", ["sd", "emoji"])

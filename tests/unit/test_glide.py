@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusionbook import glide
+from diffusionbook import dalle2, glide
 from diffusionbook.checkpoints import to_guided_diffusion
 from diffusionbook.denoising import Condition, Denoiser, classifier_free
 from diffusionbook.glide import (
@@ -440,6 +440,18 @@ def test_a_tokenizer_is_saved_with_the_text_model(tmp_path):
     pipe.save_pretrained(tmp_path)
     again = Glide.from_pretrained(tmp_path)
     torch.testing.assert_close(again("red heart", **FAST), pipe("red heart", **FAST), rtol=0, atol=1e-3)
+
+
+def test_the_miniature_is_a_dalle2_without_its_prior(pipe, tmp_path, monkeypatch):
+    asked = []
+
+    class Cascade:
+        def without_prior(self):
+            return pipe
+
+    monkeypatch.setattr(dalle2.DallE2, "from_pretrained", lambda folder: asked.append(folder) or Cascade())
+    (tmp_path / "decoder").mkdir()
+    assert Glide.from_pretrained(tmp_path) is pipe and asked == [tmp_path]
 
 
 def test_an_index_that_names_foreign_code_is_refused(pipe, tmp_path):

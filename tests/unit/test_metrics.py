@@ -159,7 +159,7 @@ def test_inception_of_torchvision_has_the_parts_that_are_changed():
 
 # --- the judge -----------------------------------------------------------------------------------
 CONFIG = JudgeConfig(names=("cat", "pizza", "waving hand"), groups=("animals", "food", "people"),
-                     tones=(None, "dark"), channels=(32, 32))
+                     tones=(None, "dark"), patch=4, channels=(32, 32))
 
 
 @pytest.fixture
@@ -200,5 +200,5 @@ def test_the_judge_says_what_it_does_not_know(judge):
         judge.report(torch.zeros(1, 3, 16, 16), attributes)
     with pytest.raises(ValueError, match="needs its attributes"):
         judge.report(torch.zeros(2, 3, 16, 16), attributes)
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ValueError, match="multiples of 8"):
         judge(torch.zeros(1, 3, 18, 16))

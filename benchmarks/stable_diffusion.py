@@ -1,0 +1,124 @@
+"""The pipeline of chapter 19 beside diffusers: seconds per picture, loading time, peak memory; same weights and dtype.
+
+    python benchmarks/stable_diffusion.py [--pairs 7] [--full]
+
+The miniature is timed in turns, and medians are printed. `--full` also writes Stable Diffusion 1.5 with random weights
+to a temporary folder (2.2 GB) and lets each side load it and paint one picture in a process of its own, whose
+peak memory is read: on a CUDA device if there is one (512×512), else on the CPU (`--size` pixels).
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from diffusionbook.checkpoints import locate
+from diffusionbook.stable_diffusion import StableDiffusion
+
+CAPTION, STEPS = "red heart, noto style", 20
+
+
+def painter(side: str, folder, dtype: torch.dtype, memory: str | None, device: str):
+    """A function size → picture in tensor form, by us ("ours") or by diffusers ("theirs")."""
+    if side == "ours":
+        pipeline = StableDiffusion.from_pretrained(folder, dtype=dtype, memory=memory).to(device)
+        return lambda steps, size=None: pipeline(CAPTION, steps=steps, sampler="ddim", size=size and (size, size),
+                                                 output="tensor", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers
+
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+    if memory == "low":
+        pipeline.vae.enable_tiling()
+        if device != "cpu":
+            pipeline.enable_sequential_cpu_offload()
+    if memory is None or device == "cpu":
+        pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda steps, size=None: pipeline(CAPTION, num_inference_steps=steps, guidance_scale=3.0, height=size or 64,
+                                             width=size or 64, output_type="pt").images
+
+
+def timed(run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def miniature(pairs: int) -> None:
+    paint = {side: painter(side, locate("emoji"), torch.float32, None, "cpu") for side in ("ours", "theirs")}
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for turn in range(pairs + 1):
+        for side in sorted(paint, reverse=bool(turn % 2)):
+            seconds = timed(lambda side=side: paint[side](STEPS))
+            if turn:  # the first warms up
+                times[side].append(seconds)
+    ratio = statistics.median(a / b for a, b in zip(times["ours"], times["theirs"], strict=True))
+    ours, theirs = (statistics.median(times[side]) for side in ("ours", "theirs"))
+    print("| miniature, 64×64, 20 steps | diffusionbook | diffusers | ratio |\n|---|---|---|---|")
+    print(f"| seconds per picture | {ours:.2f} | {theirs:.2f} | {ratio:.2f} |\n")
+
+
+def alone(side: str, folder: str, memory: str | None, size: int) -> None:
+    """In a process of its own: load, paint one step, and print the seconds and the peak memory in GB."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    began = time.perf_counter()
+    paint = painter(side, folder, torch.float16 if device == "cuda" else torch.bfloat16, memory, device)
+    loaded = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated if device == "cuda" else (
+        lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    after_loading = peak()
+    with torch.no_grad():
+        paint(1, size)
+    print(json.dumps({"load_s": loaded, "load_gb": after_loading / 1e9, "peak_gb": peak() / 1e9}))
+
+
+def full(size: int) -> None:
+    from diffusionbook.autoencoders import VAE, VAEConfig
+    from diffusionbook.schedules import NoiseSchedule
+    from diffusionbook.text import TextConfig, TextEncoder, clip_tokenizer
+    from diffusionbook.unet import UNet, UNetConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.set_default_dtype(torch.bfloat16)
+        pipeline = StableDiffusion(
+            unet=UNet(UNetConfig.preset("sd15")), vae=VAE(VAEConfig.preset("sd")), tokenizer=clip_tokenizer(pad="eos"),
+            text_encoder=TextEncoder(TextConfig.preset("sd15")), schedule=NoiseSchedule.scaled_linear())
+        torch.set_default_dtype(torch.float32)
+        pipeline.save_pretrained(folder)
+        del pipeline
+        print(f"| Stable Diffusion 1.5, random weights, {size}×{size} | load, s | after loading, GB | peak, GB |")
+        print("|---|---|---|---|")
+        for memory in ("", "low"):
+            for side in ("ours", "theirs"):
+                done = subprocess.run([sys.executable, __file__, "--alone", side, folder, "--memory", memory, "--size",
+                                       str(size)], capture_output=True, text=True, check=True)
+                found = json.loads(done.stdout.strip().splitlines()[-1])
+                name = {"ours": "diffusionbook", "theirs": "diffusers"}[side] + (", low memory" if memory else "")
+                seconds, loaded, peak = (found[key] for key in ("load_s", "load_gb", "peak_gb"))
+                print(f"| {name} | {seconds:.1f} | {loaded:.2f} | {peak:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--alone", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.alone:
+        alone(given.alone[0], str(Path(given.alone[1])), given.memory or None, given.size)
+    else:
+        miniature(given.pairs)
+        if given.full:
+            full(given.size)

@@ -1,0 +1,73 @@
+"""Train a ControlNet for the miniature Stable Diffusion: it draws along edges.
+
+    python recipes/emoji_controlnet.py [--folder runs/emoji_controlnet] [--steps 4000] [--batch 64] [--device cuda]
+
+Needs the pipeline of recipes/emoji_stable_diffusion.py, which stays frozen. Resumable: the same command goes on where
+it stopped. At the end the weights go to diffusionbook/weights/emoji/controlnet (or to `--ship`), as diffusers'
+ControlNetModel reads them.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.utils.data import StackDataset
+
+from diffusionbook.data import emoji, pick_device
+from diffusionbook.editing import Controlled, ControlNet, edge_map
+from diffusionbook.stable_diffusion import StableDiffusion
+from diffusionbook.training import DenoisingLoss, balanced_weights, has_bf16, mean_loss, train
+
+HINT_CHANNELS = (8, 16, 32, 64)  # a quarter of the public width: lines of 64×64 pixels are simple
+WITHOUT_CAPTION = 0.5  # captions left out, so that the lines must say it all (Zhang et al. 2023, section 3.3)
+SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
+
+
+@torch.no_grad()
+def encoded(painter: StableDiffusion, split: str, limit: int | None) -> tuple[StackDataset, list[str]]:
+    """Latents, edges and captions of one split, encoded once; and the names."""
+    data = emoji(split)
+    images, captions = data.images(range(limit) if limit else None), data.captions[:limit]
+    edges = torch.cat([edge_map(part)[:, :1] for part in images.split(256)]).bool()
+    latents = torch.cat([painter.encode(part).cpu() for part in images.split(64)])
+    return (StackDataset(x0=latents, edges=edges, ids=painter.tokenizer(captions)),
+            [a["name"] for a in data.attributes[:limit]])
+
+
+def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path, limit: int | None = None) -> None:
+    painter = StableDiffusion.from_pretrained(SHIPPED).to(device)
+    for network in (painter.unet, painter.text_encoder):
+        network.requires_grad_(False)
+    (pictures, names), (unseen, _) = (encoded(painter, split, limit) for split in ("train", "validation"))
+    control = ControlNet.beside(painter.unet, hint_channels=HINT_CHANNELS)
+    print(f"{control.count_parameters():,} parameters")
+    empty = painter.tokenizer([""])[0].to(device)
+    error = DenoisingLoss(painter.schedule, painter.prediction)
+
+    def loss(control: ControlNet, batch: dict, generator: torch.Generator, drop: float = WITHOUT_CAPTION):
+        dropped = (torch.rand(len(batch["ids"]), 1, generator=generator) < drop).to(device)
+        context = painter.text_encoder(torch.where(dropped, empty, batch["ids"]))
+        network = Controlled(painter.unet, control, batch["edges"].float().expand(-1, 3, -1, -1))
+        return error(network, {"x0": batch["x0"], "context": context}, generator)
+
+    def unseen_error() -> float:
+        return mean_loss(control, unseen, lambda *told: loss(*told, drop=0.0), seed=1, bf16=has_bf16(device))
+
+    print(f"validation before: {unseen_error():.3f}")
+    train(control, pictures, loss, weights=balanced_weights(names), batch=batch, steps=steps, lr=3e-4,
+          warmup=min(100, steps), ema=0.998, bf16=has_bf16(device), folder=folder,
+          evaluate=lambda: {"validation": unseen_error()}).swap(control)
+    control.save_pretrained(ship / "controlnet", dtype=torch.float16)
+    print(f"validation after: {unseen_error():.3f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_controlnet"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", type=torch.device, default=None)
+    parser.add_argument("--ship", type=Path, default=SHIPPED)
+    parser.add_argument("--limit", type=int, help="use only so many pictures, to try the recipe out")
+    given = parser.parse_args()
+    main(given.folder, given.steps, given.batch, given.device or pick_device(), given.ship, given.limit)
