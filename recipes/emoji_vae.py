@@ -1,11 +1,17 @@
 """Train the miniature VAE on the emoji: 64×64×3 → 8×8×4, 48 times fewer numbers.
 
-    python recipes/emoji_vae.py [--folder runs/emoji_vae] [--steps 2800]
+    python recipes/emoji_vae.py                                          # from nothing
+    python recipes/emoji_vae.py --from emoji --lr 6e-4 --steps 8000      # go on from the weights that ship
+    python recipes/emoji_vae.py --from emoji --lr 6e-4 --decoder-only    # the same latents, better pictures of them
+    python recipes/emoji_vae.py --ratio 12                               # a small one for comparison: 12, 48 or 192
 
-Resumable: the same command goes on where it stopped. At the end the weights go to diffusionbook/weights/emoji/vae.
+Resumable: the same command goes on where it stopped. At the end the weights go where they ship; `--ship` names another
+folder. A latent diffusion model belongs to the latents that it was trained on: only `--decoder-only` leaves them alone.
+On a GPU take `--batch 128`.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +22,10 @@ from diffusionbook.data import emoji, pick_device
 from diffusionbook.training import has_bf16, train
 
 BATCH = 32
+#: Small networks for the comparison: numbers of a picture for each one kept → channels at 64, 32, 16, … pixels.
+RATIOS = {12: (16, 32, 48), 48: (16, 32, 48, 64), 192: (16, 32, 48, 64, 64)}
 KL_WEIGHT = 3e-6  # per latent number and relative to a loss per pixel: keeps the space smooth, costs little detail
-SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
+WEIGHTS = Path(__file__).parent.parent / "diffusionbook" / "weights"
 
 
 def reconstruction_loss(restored: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -34,7 +42,7 @@ def psnr(vae: VAE, images: torch.Tensor) -> float:
     """Mean peak signal-to-noise ratio in dB over pictures restored from the mean latent."""
     errors = []
     for batch in images.split(BATCH):
-        with torch.autocast(batch.device.type, torch.bfloat16):
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=has_bf16(batch.device)):
             restored = vae.decode(vae.encode(batch).mean)
         errors.append(((restored.float().clamp(-1, 1) - batch) ** 2).flatten(1).mean(1))
     return (10 * torch.log10(4 / torch.cat(errors))).mean().item()
@@ -58,29 +66,53 @@ def restore(vae: VAE, images: torch.Tensor, generator: torch.Generator) -> tuple
     """The loss of one batch: how far pictures, some of them mirrored, are from what the VAE makes of them."""
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
-    noise = torch.randn(len(images), 4, 8, 8, generator=generator).to(images.device)
+    side = images.shape[-1] // vae.factor
+    noise = torch.randn(len(images), vae.config.latent_channels, side, side, generator=generator).to(images.device)
     restored, cloud = vae(images, noise)
     kl = cloud.kl().mean()
     return reconstruction_loss(restored.float(), images) + KL_WEIGHT * kl, {"kl": kl.item()}
 
 
-def main(folder: Path, steps: int) -> None:
+def build(start: str | None, ratio: int | None, decoder_only: bool) -> VAE:
+    """The network to train: new, or one that was trained before."""
+    torch.manual_seed(0)
+    config = VAEConfig.preset("emoji")
+    vae = VAE.from_pretrained(start) if start else VAE(replace(config, channels=RATIOS[ratio]) if ratio else config)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(not decoder_only)
+    return vae
+
+
+def main(folder: Path, ship: Path, vae: VAE, steps: int, batch: int, lr: float) -> None:
     device = pick_device()
     pictures, unseen = emoji("train").images().to(device), emoji("validation").images().to(device)
-    torch.manual_seed(0)
-    vae = VAE(VAEConfig.preset("emoji")).to(device, memory_format=torch.channels_last)
-    average = train(vae, pictures, restore, batch=BATCH, steps=steps, lr=1.2e-3, folder=folder, ema=0.995,
+    vae = vae.to(device, memory_format=torch.channels_last)
+    average = train(vae, pictures, restore, batch=batch, steps=steps, lr=lr, folder=folder, ema=0.995,
                     bf16=has_bf16(device), evaluate=lambda: {"psnr": psnr(vae, unseen)})
     average.swap(vae)
-    standardise(vae, pictures[:: max(1, len(pictures) // 2000)])
-    vae.save_pretrained(SHIPPED / "vae", dtype=torch.float16)
+    if vae.quant_conv.weight.requires_grad:
+        standardise(vae, pictures[:: max(1, len(pictures) // 2000)])
+    vae.save_pretrained(ship, dtype=torch.float16)
     for split in ("validation", "object_style", "tone_style"):
         print(f"{split}: {psnr(vae, emoji(split).images().to(device)):.2f} dB")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_vae"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="log and state (default runs/emoji_vae…)")
+    parser.add_argument("--ship", type=Path, help="where the weights go (default: where they ship)")
+    parser.add_argument("--from", dest="start", help="weights to go on from: emoji, or a folder")
+    parser.add_argument("--decoder-only", action="store_true", help="leave encoder and latents as they are")
+    parser.add_argument("--ratio", type=int, choices=RATIOS, help="train a small network of this compression instead")
     parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--lr", type=float, default=1.2e-3)
     given = parser.parse_args()
-    main(given.folder, given.steps)
+    if given.start and given.ratio:
+        parser.error("--ratio begins a small network anew; leave out --from")
+    if given.decoder_only and not given.start:
+        parser.error("--decoder-only needs --from, whose encoder it keeps")
+    name = f"emoji_vae_{given.ratio}" if given.ratio else "emoji_vae_decoder" if given.decoder_only else "emoji_vae"
+    ship = WEIGHTS / "emoji_ratios" / str(given.ratio) if given.ratio else WEIGHTS / "emoji" / "vae"
+    main(given.folder or Path("runs") / name, given.ship or ship,
+         build(given.start, given.ratio, given.decoder_only), given.steps, given.batch, given.lr)

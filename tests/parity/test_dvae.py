@@ -103,9 +103,11 @@ def test_the_nearest_vector_and_the_jumping_gradient_are_those_of_diffusers():
     quantizer = pytest.importorskip("diffusers.models.autoencoders.vq_model").VectorQuantizer
     model = randomise(VQ(dataclasses.replace(SMALL, codes=20)))
     theirs = quantizer(20, 6, beta=0.25, legacy=False)
-    theirs.embedding.weight.data.copy_(model.codebook)
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     features = model.encoder(map_pixels(images))
+    some = features.detach().permute(0, 2, 3, 1).flatten(0, 2)[:20]
+    model.codebook.copy_(some + 0.01 * torch.randn(20, 6))  # where the features are, so that several are chosen
+    theirs.embedding.weight.data.copy_(model.codebook)
     vectors, loss, (_, _, codes) = theirs(features)
     ours = model.choose(features)
     assert torch.equal(ours.flatten(), codes.flatten()) and len(codes.unique()) > 3

@@ -35,7 +35,10 @@ def pictures(count=2, size=(16, 24), seed=1):
 
 def build(kind, config=SMALL):
     torch.manual_seed(0)
-    return kind(config).eval()
+    model = kind(config).eval()
+    if kind is VQ:
+        model.codebook.mul_(0.2)  # as small as the features of a new encoder, so that all entries have a chance
+    return model
 
 
 # Draws

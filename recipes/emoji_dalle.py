@@ -1,0 +1,75 @@
+"""Train the miniature DALL·E on the emoji: a transformer over 32 tokens of caption and 16×16 codes.
+
+    python recipes/emoji_dalle.py [--folder runs/emoji_dalle] [--steps 6000] [--out diffusionbook/weights/emoji]
+
+Needs OUT/dvae, of recipes/emoji_dvae.py, and OUT/tokenizer, of recipes/emoji_stable_diffusion.py. Resumable: the same
+command goes on where it stopped. At the end the weights go to OUT/dalle.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.utils.data import StackDataset
+
+from diffusionbook.dalle import DallE, DalleConfig, DalleTransformer
+from diffusionbook.data import compose_caption, emoji, pick_device
+from diffusionbook.dvae import DVAE
+from diffusionbook.text import Tokenizer
+from diffusionbook.training import balanced_weights, mean_loss, train
+
+WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone gives varied pictures
+WITHOUT_CAPTION = 0.1  # empty captions: classifier-free guidance needs to know what no caption looks like
+UNSEEN = ("validation", "object_style", "tone_style")
+SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
+
+
+@torch.no_grad()
+def encode(dvae: DVAE, images: torch.Tensor) -> torch.Tensor:
+    """The codes of all images, row by row, computed once: (N, places)."""
+    return torch.cat([dvae.encode(batch.to(dvae.device)) for batch in images.split(64)]).flatten(1)
+
+
+def main(folder: Path, steps: int, out: Path) -> None:
+    device = pick_device()
+    data = emoji("train")
+    dvae = DVAE.from_pretrained(out / "dvae").to(device)
+    tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
+    captions = {style: tokenizer([compose_caption(a["name"], tone=a["tone"], style=a["style"] if style else None)
+                                  for a in data.attributes]) for style in (True, False)}
+    pictures = StackDataset(codes=encode(dvae, data.images()), with_style=captions[True], without_style=captions[False])
+    empty = tokenizer([""])[0]
+    unseen = {split: StackDataset(codes=encode(dvae, other.images()), ids=tokenizer(other.captions))
+              for split in UNSEEN for other in [emoji(split)]}
+    torch.manual_seed(0)
+    transformer = DalleTransformer(DalleConfig.preset("emoji")).to(device)
+
+    def loss(transformer: DalleTransformer, batch: dict, generator: torch.Generator):
+        """Leave the style out of some captions and leave some captions empty."""
+        chance = torch.rand(2, len(batch["codes"]), 1, generator=generator).to(device)
+        ids = torch.where(chance[0] < WITHOUT_STYLE, batch["without_style"], batch["with_style"])
+        ids = torch.where(chance[1] < WITHOUT_CAPTION, empty.to(device), ids)
+        return transformer.loss(ids, batch["codes"])
+
+    def unseen_error(split: str) -> float:
+        """Nats per code of a split's pictures, given their captions."""
+        return mean_loss(transformer, unseen[split],
+                         lambda net, batch, generator: net.loss(batch["ids"], batch["codes"])[1]["picture"])
+
+    average = train(transformer, pictures, loss, weights=balanced_weights([a["name"] for a in data.attributes]),
+                    steps=steps, lr=1e-3, warmup=200, weight_decay=0.05, ema=0.998, folder=folder,
+                    bf16=device.type == "cuda", evaluate=lambda: {"validation": unseen_error("validation")})
+    average.swap(transformer)
+    transformer.save_pretrained(out / "dalle", dtype=torch.float16)
+    DallE(dvae=dvae, transformer=transformer, tokenizer=tokenizer)  # raises if they don't belong together
+    for split in UNSEEN:
+        print(f"{split}: {unseen_error(split):.3f} nats per code")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_dalle"))
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--out", type=Path, default=SHIPPED)
+    given = parser.parse_args()
+    main(given.folder, given.steps, given.out)
