@@ -496,7 +496,7 @@ class Glide:
             denoise = self._finish(replace(self.upsampler, condition=told), known)
             shape = (count, 3, side, side)
             # a little less noise, and other noise than the base had
-            noise = 0.997 * starting_noise(shape, seed=(seed + 2**32) % 2**63)
+            noise = 0.997 * starting_noise(shape, seed=(seed + 2**31) % 2**63)
             times = self._times(upsampler_steps)
             x = run(denoise, shape, sampler="ddim", times=times, latents=noise, device=net.device, dtype=net.dtype)
         x = x.float().clamp(-1, 1)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import StackDataset
 
+from diffusionbook.dalle2 import roughened
 from diffusionbook.data import emoji, pick_device
 from diffusionbook.denoising import Condition, Denoiser, diffusion_loss
 from diffusionbook.glide import enlarge
@@ -29,17 +30,6 @@ UNSEEN = ("validation", "object_style", "tone_style")
 SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
-def spoil(small: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur half of the small pictures (Gaussian, 3×3, σ 0.6) and add up to 0.1 of noise: those painted are worse."""
-    count = len(small)
-    weights = torch.exp(-torch.tensor([-1.0, 0.0, 1.0]) ** 2 / (2 * 0.6**2))
-    kernel = torch.outer(weights, weights).to(small) / weights.sum() ** 2
-    soft = F.conv2d(F.pad(small, (1, 1, 1, 1), mode="replicate"), kernel.expand(3, 1, 3, 3), groups=3)
-    chance = torch.rand(2, count, 1, 1, 1, generator=generator).to(small)
-    noise = torch.randn(small.shape, generator=generator).to(small)
-    return torch.where(chance[0] < 0.5, soft, small) + 0.1 * chance[1] * noise
-
-
 def crop(pictures: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
     """A square of each picture, from its own corner."""
     return torch.stack([p[:, y:y + CROP, x:x + CROP] for p, (y, x) in zip(pictures, corners.tolist(), strict=True)])
@@ -48,7 +38,7 @@ def crop(pictures: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
 def loss(net: UNet, batch: dict, generator: torch.Generator) -> torch.Tensor:
     """Error of the velocity on a crop of each large picture, told the same crop of the small one."""
     corners = torch.randint(LARGE - CROP + 1, (len(batch["large"]), 2), generator=generator)
-    told = crop(enlarge(spoil(batch["small"], generator), (LARGE, LARGE)), corners)
+    told = crop(enlarge(roughened(batch["small"], generator, noise=0.1), (LARGE, LARGE)), corners)
     x0 = crop(batch["large"], corners)
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     t = torch.randint(SCHEDULE.steps, (len(x0),), generator=generator).to(x0.device)

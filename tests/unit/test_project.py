@@ -6,17 +6,24 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import clean_notebooks
 import pytest
 import repository
+import torch
 import yaml
 from exported_code import modules
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from diffusionbook.autoencoders import VAE, VAEConfig
+from diffusionbook.prior import DiffusionPrior, PriorConfig
+from diffusionbook.text import TextConfig, TextEncoder
+from diffusionbook.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
@@ -315,3 +322,17 @@ def test_old_or_new_python_is_refused_in_one_sentence(tmp_path):
     fake = f"import sys; sys.modules['ensurepip'] = None\n{script}"
     done = subprocess.run([sys.executable, "-c", fake], capture_output=True, text=True)
     assert done.returncode == 1 and "apt install python3-venv" in done.stderr
+
+
+def test_the_page_of_the_whole_machine_counts_right():
+    text = (ROOT / "book" / "machine.md").read_text()
+    with torch.device("meta"):
+        networks = [
+            TextEncoder(TextConfig.preset("sd15")), TextEncoder(replace(TextConfig.preset("sd15"), projection=768)),
+            TextEncoder(TextConfig.preset("emoji")), VAE(VAEConfig.preset("sd")), VAE(VAEConfig.preset("emoji")),
+            DiffusionPrior(PriorConfig.preset("karlo")), DiffusionPrior(PriorConfig.preset("emoji")),
+            *(UNet(UNetConfig.preset(name)) for name in ("sd15", "emoji-latent", "dalle2-decoder", "dalle2-upsampler",
+                                                         "emoji-decoder", "emoji-upsampler")),
+        ]
+    said = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) parameters", text)]
+    assert sorted(said) == sorted(network.count_parameters() for network in networks)
