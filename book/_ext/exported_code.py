@@ -106,7 +106,7 @@ def read_docstrings_as_plain_text(app, what, name, obj, options, lines):
             return text  # code or mathematics already, or a name to link
         return f"`{text}`" if text.startswith("`") else "\\" + text
     text = re.sub(r"``.+?``|(:\w+:)?`[^`]+`|(?<!\\)[*|]", plain, "\n".join(lines), flags=re.DOTALL)
-    lines[:] = text.split("\n")
+    lines[:] = re.sub(r"(`[\w.]+`)(?=\w)", r"\1\\ ", text).split("\n")  # `UNet`s: a link, then a letter
 
 
 def setup(app):
