@@ -8,7 +8,7 @@ __all__ = ['Conductance', 'conductance', 'fed_steps', 'estimate_noise', 'sure', 
 # %% ../book/02_edges.ipynb #3ecb3066
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from numbers import Real
@@ -41,11 +41,11 @@ class Conductance:
 
 
 def _exponential(squared: Tensor) -> Tensor:
-    return torch.exp(-squared)
+    return squared.neg().exp_()
 
 
 def _quadratic(squared: Tensor) -> Tensor:
-    return 1 / (1 + squared)
+    return (1 + squared).reciprocal_()
 
 
 def _charbonnier(squared: Tensor) -> Tensor:
@@ -105,12 +105,12 @@ def _checked(law: Callable, squared: Tensor) -> Tensor:
     return share
 
 # %% ../book/02_edges.ipynb #5590c311
-def _strips(u: Tensor, axis: int = 2) -> list[tuple[int, int]]:
+def _strips(u: Tensor, axis: int = 2, pixels: int = 2**16) -> list[tuple[int, int]]:
     """First and last + 1 of the rows to work on at a time, so that what they need is small and stays in the cache."""
     n = u.shape[axis]
     if u.requires_grad or u.device.type != "cpu":
         return [(0, n)]
-    rows = max(1, 2**16 * n // u.numel())
+    rows = max(1, pixels * n // u.numel())
     return [(first, min(first + rows, n)) for first in range(0, n, rows)]
 
 
@@ -133,7 +133,7 @@ def _squared_slope(u: Tensor, h: Sequence[float]) -> Tensor:
 
 def _borders(
     u: Tensor, h: Sequence[float], law: Conductance, contrast: float | Tensor, presmooth: float = 0
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """How well the border between each two neighbours conducts, g / h^2, one tensor per axis of space.
 
     u: (B, C, *space). Each tensor is (B, 1, *space) with one less along its axis: channels share their borders.
@@ -143,35 +143,33 @@ def _borders(
     if presmooth:
         blurred = heat(u, sigma=presmooth, spacing=h, channel_axis=1, batch_axis=0)
         share = law(_squared_slope(blurred, h) / contrast**2)
-        return [sum(_neighbours(share, axis)) / (2 * step**2) for axis, step in enumerate(h, start=2)]
-    borders = []
+        yield from (sum(_neighbours(share, axis)) / (2 * step**2) for axis, step in enumerate(h, start=2))
+        return
     for axis, step in enumerate(h, start=2):
         border = torch.empty_like(_neighbours(u[:, :1], axis)[0])
         for first, last in _strips(u):
-            here, there = _neighbours(u[:, :, first : last + 1] if axis == 2 else u[:, :, first:last], axis)
-            squared = (there - here).square().sum(1, keepdim=True)
-            border[:, :, first:last] = law(squared * (contrast * step) ** -2) * step**-2
-        borders.append(border)
-    return borders
+            squared = u[:, :, first : last + (axis == 2)].diff(dim=axis).square_()
+            if u.shape[1] > 1:
+                squared = squared.sum(1, keepdim=True)
+            border[:, :, first:last] = law(squared.mul_((contrast * step) ** -2))
+        yield border if step == 1 else border.mul_(step**-2)
 
 # %% ../book/02_edges.ipynb #37b37033
 def _euler_(u: Tensor, borders: list[Tensor], tau: float, fidelity: float = 0, source: Tensor | None = None) -> Tensor:
     """One explicit step of length tau, in place: heat flows downhill through every border, at the present slope."""
     above = 0  # what has crossed the upper border of a strip
     for first, last in _strips(u):
-        high = min(last + 1, u.shape[2])  # one row more, to see the neighbours below
-        rows = u[:, :, first:high]
+        rows = u[:, :, first : last + 1]  # one row more, where there is one, to see the neighbours below
         rate = torch.zeros_like(rows)
         rate[:, :, :1] -= above
         for axis, border in enumerate(borders, start=2):
-            here, there = _neighbours(rows, axis)
-            flow = (there - here) * border[:, :, first : high - 1 if axis == 2 else high]
+            flow = rows.diff(dim=axis).mul_(border[:, :, first : last + (axis > 2)])
             _neighbours(rate, axis)[0].add_(flow)
             _neighbours(rate, axis)[1].sub_(flow)
             if axis == 2:
                 above = flow[:, :, -1:].clone()
         if fidelity:
-            rate += fidelity * (source[:, :, first:high] - rows)
+            rate += fidelity * (source[:, :, first : last + 1] - rows)
         u[:, :, first:last].add_(rate[:, :, : last - first], alpha=tau)
     return u
 
@@ -237,23 +235,26 @@ def _solve(ground: Tensor, border: Tensor, b: Tensor) -> Tensor:
     return x
 
 
-def _aos_(u: Tensor, borders: list[Tensor], tau: float, fidelity: float = 0, source: Tensor | None = None) -> Tensor:
+def _aos_(
+    u: Tensor, borders: Iterable[Tensor], tau: float, fidelity: float = 0, source: Tensor | None = None
+) -> Tensor:
     """One implicit step of any length, in place: the mean of 1-D implicit steps of m tau along each of m axes.
 
     Solved for the change of u, not for u, so that a constant picture stays as it is to the last bit.
     (Weickert, ter Haar Romeny & Viergever 1998.)
     """
-    m, change = len(borders), torch.zeros_like(u)
+    m, change = u.ndim - 2, torch.zeros_like(u)
     for axis, border in enumerate(borders, start=2):
         across = 0 if m == 1 else 3 if axis == 2 else 2  # strips that cut no chain
-        for first, last in _strips(u, across):
+        for first, last in _strips(u, across, 2**15):
             rows, conducts, total = (x.narrow(across, first, last - first) for x in (u, border, change))
             rate = divergence(conducts * difference(rows, axis), axis)
             if fidelity:
                 rate = rate + fidelity / m * (source.narrow(across, first, last - first) - rows)
             chain = (m * tau * conducts).movedim(axis, 0).contiguous()
             ground = chain.new_full((u.shape[axis], *chain.shape[1:]), 1 + tau * fidelity)
-            total += _solve(ground, chain, rate.movedim(axis, 0).contiguous()).movedim(0, axis)
+            rate = rate.movedim(axis, 0).contiguous()
+            total += _solve(ground, chain, rate).movedim(0, axis)
     return u.add_(change, alpha=tau)
 
 # %% ../book/02_edges.ipynb #bfa3f05b
@@ -278,8 +279,9 @@ def _noise(u: Tensor) -> Tensor:
     if not axes:
         raise ValueError(f"{tuple(u.shape[2:])} pixels are too few to tell noise from picture; give noise or contrast")
     for axis in axes:
-        u = difference(difference(u, axis), axis) / math.sqrt(6)  # 1 + 4 + 1: white noise keeps its variance
-    return u.abs().flatten(1).median(1).values / 0.6744897501960817  # the median of |z| for a standard normal z
+        u = u.diff(2, axis).div_(math.sqrt(6))  # 1 + 4 + 1: white noise keeps its variance
+    medians = torch.stack([picture.median() for picture in u.abs_()])  # one at a time, to save memory
+    return medians / 0.6744897501960817  # the median of |z| for a standard normal z
 
 
 def _noise_slope(u: Tensor, h: Sequence[float], presmooth: float) -> float:
@@ -299,8 +301,8 @@ def sure(noisy: Tensor, clean: Tensor, moved: Tensor, probe: Tensor, noise: floa
     probe is a small random +-epsilon at each pixel; noise: standard deviation of the noise. All tensors have one
     shape. (Stein 1981; the probe: Ramani, Blu & Unser 2008.) Defined in chapter 02.
     """
-    residual = (clean - noisy).square().mean()
-    sensitivity = (probe * (moved - clean)).mean() / probe.square().mean()  # mean of d clean[i] / d noisy[i]
+    residual = (clean - noisy).square_().mean()
+    sensitivity = (moved - clean).mul_(probe).mean() / probe.square().mean()  # mean of d clean[i] / d noisy[i]
     return (residual + noise**2 * (2 * sensitivity - 1)).item()
 
 # %% ../book/02_edges.ipynb #d511b58e
@@ -346,8 +348,9 @@ def _evolve(
     for t in times:
         borders = _borders(u, h, law, contrast, presmooth)
         if scheme == "aos":
-            _aos_(u, borders, t - now, fidelity, source)
+            _aos_(u, borders, t - now, fidelity, source)  # one axis at a time
         else:
+            borders = list(borders)
             for tau in [t - now] if scheme == "explicit" else fed_steps(t - now, bound):
                 _euler_(u, borders, tau, fidelity, source)
         borders, now = None, t  # let go of the memory before the next measurement
@@ -361,7 +364,7 @@ def _best_times(u: Tensor, h: Sequence[float], noise: float, **options) -> list[
     signs = 2 * torch.randint(2, u.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8) - 1
 
     def probe() -> Tensor:  # bytes are kept, not numbers
-        return noise / 10 * signs.to(u)
+        return signs.to(u).mul_(noise / 10)
 
     first = 0.4 * len(h) * max_stable_step(h)  # a fifth of the squared spacing
     times = [first * 1.1**i for i in range(90)]  # up to a thousand squared spacings, a blur of 45 pixels
@@ -461,7 +464,8 @@ def diffuse(
     if history:
         return [(now, back(picture.clone())) for now, picture in flows[0]]
     u = picture = jobs = None  # let go of the memory
-    return back(torch.cat([deque(flow, maxlen=1)[0][1] for flow in flows]))
+    results = [deque(flow, maxlen=1)[0][1] for flow in flows]
+    return back(results[0] if len(results) == 1 else torch.cat(results))
 
 # %% ../book/02b_directions.ipynb #50a7d9ee
 from itertools import combinations, product
