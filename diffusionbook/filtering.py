@@ -146,12 +146,12 @@ def _borders(
         yield from (sum(_neighbours(share, axis)) / (2 * step**2) for axis, step in enumerate(h, start=2))
         return
     for axis, step in enumerate(h, start=2):
-        border = torch.empty_like(_neighbours(u[:, :1], axis)[0])
+        border, scale = torch.empty_like(_neighbours(u[:, :1], axis)[0]), (contrast * step) ** -2
         for first, last in _strips(u):
             squared = u[:, :, first : last + (axis == 2)].diff(dim=axis).square_()
             if u.shape[1] > 1:
                 squared = squared.sum(1, keepdim=True)
-            border[:, :, first:last] = law(squared.mul_((contrast * step) ** -2))
+            border[:, :, first:last] = law(squared.mul_(scale))
         yield border if step == 1 else border.mul_(step**-2)
 
 # %% ../book/02_edges.ipynb #37b37033
@@ -161,7 +161,7 @@ def _euler_(u: Tensor, borders: list[Tensor], tau: float, fidelity: float = 0, s
     for first, last in _strips(u):
         rows = u[:, :, first : last + 1]  # one row more, where there is one, to see the neighbours below
         rate = torch.zeros_like(rows)
-        rate[:, :, :1] -= above
+        rate[:, :, :1].sub_(above)
         for axis, border in enumerate(borders, start=2):
             flow = rows.diff(dim=axis).mul_(border[:, :, first : last + (axis > 2)])
             _neighbours(rate, axis)[0].add_(flow)
