@@ -49,8 +49,8 @@ book: $(VENV)/.book-is-installed
 
 # --- the tests ---------------------------------------------------------------------------------
 test: $(VENV)/.tests-are-installed
-	@# one process for each core, four at most, since a chapter may take a gigabyte; each counts with one thread
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(NBVAL) tests $(CHAPTERS)
+	@# a process for each core, four at most, since a chapter may take a gigabyte; each with one thread, file by file
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(NBVAL) tests $(CHAPTERS)
 
 gpu: $(VENV)/.tests-are-installed
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device; PyTorch finds none.')"

@@ -46,7 +46,8 @@ TINY = {
 
 # Written out here, so that our presets and our way of writing configs are tested against something else.
 SD15 = {"cross_attention_dim": 768, "sample_size": 64}
-SD21 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+SD21 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True,
+        "upcast_attention": True}
 DDPM = {"act_fn": "silu", "attention_head_dim": None, "block_out_channels": [128, 256, 256, 256],
         "center_input_sample": False,
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],

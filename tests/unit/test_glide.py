@@ -340,7 +340,7 @@ def test_a_call_is_base_then_upsampler(pipe):
     denoise = classifier_free(replace(pipe.base, condition=condition[0]), condition[1], scale=3.0)
     small = sample(glide.dynamic_threshold(denoise, limit=1), (1, 3, 8, 8), steps=3, seed=5, progress=False)
     told = replace(pipe.upsampler_conditioner.condition(["pizza"]), concat=enlarge(small.clamp(-1, 1), (16, 16)))
-    noise = 0.997 * glide.starting_noise((1, 3, 16, 16), seed=5 + 2**32)
+    noise = 0.997 * glide.starting_noise((1, 3, 16, 16), seed=5 + 2**31)
     large = sample(glide.dynamic_threshold(replace(pipe.upsampler, condition=told), limit=1), (1, 3, 16, 16),
                    sampler="ddim", steps=2, latents=noise, progress=False)
     torch.testing.assert_close(pipe("pizza", seed=5, **FAST), large.clamp(-1, 1), rtol=0, atol=1e-5)
