@@ -93,7 +93,7 @@ def test_exported_cells_carry_a_sign_and_no_directive(root, book, pages, chapter
             module = re.match(r"#\| export *(\w*)", "".join(cell["source"]))[1] or default[1]
             assert sign.get_text() == f"exported to diffusionbook.{module}"
             target = first_public_name("".join(cell["source"]))
-            anchor = f"diffusionbook.{module}.{target}" if target else f"api-{module}"
+            anchor = f"diffusionbook.{module}.{target}" if target else f"api-{module.replace('_', '-')}"
             assert sign.a["href"] == f"api.html#{anchor}"
         assert not any("#|" in code.get_text() for code in page.select("div.cell_input"))
 
