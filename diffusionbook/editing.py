@@ -293,7 +293,7 @@ LORA_NAMES = [
     (r"\.processor\.to_([qkv])_lora\.(down|up)\.weight$", r".to_\1.\2"),
     (r"\.(lora|lora_linear_layer)\.(down|up)\.weight$", r".\2"), (r"\.lora_(down|up)\.weight$", r".\1"),
     (r"\.to_out\.(down|up|alpha)$", r".to_out.0.\1"),
-    (r"^text_encoder\.text_model\.", "text_encoder."), (r"^lora_te_text_model_", "lora_te_"),
+    (r"^text_encoder\.text_model\.", "text_encoder."), (r"^lora_te1?_(text_model_)?", "lora_te_"),
 ]
 
 
@@ -316,13 +316,13 @@ def load_lora(pipeline: StableDiffusion, path, *, scale: float = 1.0) -> LoRA:
         if name not in layers or part not in ("down", "up", "alpha"):
             raise ValueError(f"{Path(path).name} was made for another model: this one has no place for {key!r}")
         found.setdefault(name, {})[part] = tensor
-    alphas = _stored_alphas(path)
+    told = _settings(path)
     additions = {}
     for name, parts in found.items():
         if not parts.keys() >= {"down", "up"}:
             raise ValueError(f"{Path(path).name} lacks {' and '.join({'down', 'up'} - parts.keys())} for {name}")
         rank = len(parts["down"])
-        alpha = parts["alpha"].item() if "alpha" in parts else alphas.get(name.split(".")[0])
+        alpha = parts["alpha"].item() if "alpha" in parts else _stored_alpha(told, name, rank)
         addition = additions[name] = LowRank(layers[name], rank, alpha=alpha)
         for layer, tensor in ((addition.down, parts["down"]), (addition.up, parts["up"])):
             if tensor.squeeze().shape != layer.weight.squeeze().shape:
@@ -336,13 +336,22 @@ def load_lora(pipeline: StableDiffusion, path, *, scale: float = 1.0) -> LoRA:
     return lora.attach(scale=scale)
 
 
-def _stored_alphas(path) -> dict[str, float]:
-    """The alpha of each network, where PEFT wrote it beside the tensors."""
+def _settings(path) -> dict:
+    """What PEFT wrote beside the tensors about their making: "unet.lora_alpha" and the like; {} if nothing."""
     if Path(path).suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
-        told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    return {key.split(".")[0]: float(value) for key, value in told.items() if key.endswith(".lora_alpha")}
+        return json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+
+
+def _stored_alpha(told: dict, name: str, rank: int) -> float | None:
+    """The alpha of a layer by PEFT's settings, in which it may differ from layer to layer; None if they don't say."""
+    part, _, layer = name.partition(".")
+    patterns = told.get(f"{part}.alpha_pattern") or {}
+    alpha = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)),
+                 told.get(f"{part}.lora_alpha"))
+    stabilised = alpha is not None and told.get(f"{part}.use_rslora")  # then its share is of the rank's root
+    return alpha * rank**0.5 if stabilised else alpha
 
 
 def train_lora(pipeline: StableDiffusion, images, captions: list[str], *, rank: int = 4, steps: int = 150,

@@ -1,10 +1,11 @@
-"""Chapter 20 against diffusers: img2img, inpainting with 9 channels, ControlNet."""
+"""Chapter 20 against diffusers and PEFT: img2img, inpainting with 9 channels, LoRA, ControlNet."""
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffusionbook.data import to_pil
-from diffusionbook.editing import Controlled, ControlNet, ControlNetConfig
+from diffusionbook.editing import Controlled, ControlNet, ControlNetConfig, LoRA
 from diffusionbook.samplers import starting_noise
 from diffusionbook.stable_diffusion import StableDiffusion
 from diffusionbook.unet import UNet, UNetConfig
@@ -79,6 +80,113 @@ def test_inpainting_with_nine_channels_paints_the_same_and_back_again(tmp_path):
     again.set_progress_bar_config(disable=True)
     painted = again(CAPTIONS, image=images, mask_image=mask, masked_image_latents=known, **options).images * 2 - 1
     assert (painted - wanted).abs().max() < 1e-5
+
+
+# LoRA
+
+ATTENTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def with_peft(theirs, *, unet, text):
+    """Adapters of PEFT in both networks, filled with random numbers; returns what `save_lora_weights` takes."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    torch.manual_seed(7)
+    parts = {}
+    for name, options in (("unet", unet), ("text_encoder", text)):
+        network = getattr(theirs, name)
+        network.add_adapter(LoraConfig(init_lora_weights="gaussian", **options))
+        with torch.no_grad():
+            for key, p in network.named_parameters():
+                if "lora_" in key:
+                    p.normal_(std=0.3)
+        config = network.peft_config["default"].to_dict()
+        config["target_modules"] = sorted(config["target_modules"])  # a set, which JSON doesn't know
+        parts[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+        parts[f"{name}_lora_adapter_metadata"] = config
+    return parts
+
+
+@torch.no_grad()
+def said_by_theirs(theirs, ours):
+    """What the words are and what the U-Net answers, from diffusers' networks."""
+    words = theirs.text_encoder(ours.tokenizer(CAPTIONS)).last_hidden_state
+    return words, theirs.unet(starting_noise((2, 4, 8, 8), seed=1), torch.tensor([40, 700]), words).sample
+
+
+@torch.no_grad()
+def said_by_ours(ours):
+    words = ours.encode_text(CAPTIONS)
+    return words, ours.unet(starting_noise((2, 4, 8, 8), seed=1), torch.tensor([40, 700]), words)
+
+
+def agree(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "alpha", "other alphas and ranks here and there", "rank-stabilised",
+                                  "convolutions"])
+def test_a_lora_of_peft_says_the_same(tmp_path, kind):
+    pytest.importorskip("peft")
+    theirs, ours = made_by_diffusers(tmp_path)
+    before = said_by_ours(ours)
+    unet = {"r": 3, "lora_alpha": 3, "target_modules": ATTENTIONS}
+    text = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "out_proj", "fc1"]}
+    if kind == "alpha":
+        unet["lora_alpha"], text["lora_alpha"] = 6, 1
+    elif kind == "rank-stabilised":
+        unet |= {"use_rslora": True, "lora_alpha": 2}
+    elif kind == "convolutions":
+        unet["target_modules"] = [*ATTENTIONS, "conv1", "proj_in", "ff.net.0.proj"]
+    elif kind.startswith("other"):
+        unet |= {"lora_alpha": 2, "alpha_pattern": {"to_q": 9, "^mid_block.*to_k": 1}, "rank_pattern": {"to_v": 5}}
+    parts = with_peft(theirs, unet=unet, text=text)
+    wanted = said_by_theirs(theirs, ours)
+    assert all((a - b).abs().max() > 0.05 for a, b in zip(before, wanted, strict=True))
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, **parts)
+    lora = ours.load_lora(tmp_path / "pytorch_lora_weights.safetensors")
+    agree(said_by_ours(ours), wanted)
+    lora.detach()
+    agree(said_by_ours(ours), before)
+    lora.merge()
+    agree(said_by_ours(ours), wanted)
+
+
+def test_a_lora_of_peft_under_kohyas_names_says_the_same(tmp_path):
+    pytest.importorskip("peft")
+    from diffusers.utils import convert_state_dict_to_kohya
+    from peft import get_peft_model_state_dict
+
+    theirs, ours = made_by_diffusers(tmp_path)
+    with_peft(theirs, unet={"r": 3, "lora_alpha": 3, "target_modules": ATTENTIONS},
+              text={"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "out_proj"]})
+    wanted = said_by_theirs(theirs, ours)
+    state = {f"{name}.{key}": tensor.contiguous() for name in ("unet", "text_encoder")
+             for key, tensor in get_peft_model_state_dict(getattr(theirs, name)).items()}
+    state = convert_state_dict_to_kohya(state)
+    assert all(key.startswith(("lora_unet_", "lora_te1_")) for key in state)
+    save_file(state, tmp_path / "kohya.safetensors")
+    ours.load_lora(tmp_path / "kohya.safetensors")
+    agree(said_by_ours(ours), wanted)
+
+
+def test_a_lora_of_ours_says_the_same_in_diffusers(tmp_path):
+    pytest.importorskip("peft")
+    theirs, ours = made_by_diffusers(tmp_path)
+    lora = LoRA(ours, rank=3, targets=r"to_(q|k|v|out\.0)$|q_proj$|fc1$|conv1$")
+    torch.manual_seed(8)
+    with torch.no_grad():
+        for p in lora.parameters():
+            p.normal_(std=0.3)
+    lora.attach()
+    lora.save(tmp_path / "ours.safetensors")
+    before = said_by_theirs(theirs, ours)
+    theirs.load_lora_weights(tmp_path, weight_name="ours.safetensors")
+    found = said_by_theirs(theirs, ours)
+    assert all((a - b).abs().max() > 0.05 for a, b in zip(before, found, strict=True))
+    agree(said_by_ours(ours), found)
 
 
 def test_controlnet_of_diffusers_says_the_same_and_back_again(tmp_path):
