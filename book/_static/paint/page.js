@@ -37,20 +37,19 @@
       film.append(frame);
     }
 
-    /** Put the similarity beside those of real pictures: how many with another's caption, with their own, it exceeds. */
+    /** Put the similarity beside those of real pictures: how many it beats. */
     function showFit({ similarity, own, others }) {
       const low = Math.min(others[0], own[0], similarity), high = Math.max(others[100], own[100], similarity);
       const place = (value) => `${(100 * (value - low)) / (high - low)}%`;
-      const below = (percentiles) => percentiles.filter((value) => value < similarity).length - 1;
-      const share = (percentiles) => Math.max(0, below(percentiles));
+      const beaten = (percentiles) => Math.max(0, percentiles.filter((value) => value < similarity).length - 1);
       for (const [name, percentiles] of Object.entries({ others, own })) {
         const band = part(`fit-${name}`);
         band.style.left = place(percentiles[5]);
         band.style.width = `calc(${place(percentiles[95])} - ${place(percentiles[5])})`;
       }
       part("fit-here").style.left = place(similarity);
-      part("fit-says").textContent = `Similarity ${similarity.toFixed(3)}: more than ${share(others)} % of real pictures have with the `
-        + `caption of another, and more than ${share(own)} % have with their own.`;
+      part("fit-says").textContent = `Similarity ${similarity.toFixed(3)}. That beats ${beaten(others)} % of real pictures with the `
+        + `caption of another, and ${beaten(own)} % with their own.`;
       part("fit-scale").hidden = false;
     }
 
