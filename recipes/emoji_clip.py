@@ -76,11 +76,11 @@ class Exam:
         self.images = torch.cat([split.images() for split in splits]).to(device)
         self.ids = tokenizer([caption for split in splits for caption in split.captions]).to(device)
         known = emoji("train").attributes
-        names = sorted({a["name"] for a in known})
-        self.classes = {
-            "style": {style: [compose_caption(name, style=style) for name in names] for style in STYLES},
-            "group": {g: sorted({a["name"] for a in known if a["group"] == g}) for g in {a["group"] for a in known}},
-        }
+        kinds = {(a["name"], a["tone"], a["group"]) for a in known}
+        captions = [(compose_caption(name, tone=tone, style=style), style, group)
+                    for name, tone, group in sorted(kinds, key=str) for style in STYLES]
+        self.classes = {"style": {style: [c for c, s, _ in captions if s == style] for style in STYLES},
+                        "group": {group: [c for c, _, g in captions if g == group] for _, _, group in captions}}
 
     @torch.no_grad()
     def embeddings(self, clip: CLIP) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +107,7 @@ class Exam:
         return found
 
     def zero_shot(self, clip: CLIP) -> dict[str, float]:
-        """How often the style and the group of an unseen picture are named, from the captions of all names."""
+        """How often the style and the group of an unseen picture are named, from all names, tones and styles."""
         shares = {}
         for key, classes in self.classes.items():
             named = zero_shot(clip, self.images, classes).argmax(1).tolist()

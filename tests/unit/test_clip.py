@@ -21,7 +21,7 @@ from diffusionbook.clip import (
     retrieval,
     zero_shot,
 )
-from diffusionbook.data import to_pil
+from diffusionbook.data import emoji, to_pil
 from diffusionbook.text import TextConfig, train_bpe
 
 TEXT = TextConfig(vocab_size=540, context_length=12, width=16, layers=2, heads=2)
@@ -333,3 +333,15 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="open_clip_model.safetensors"):
         CLIP.from_pretrained(tmp_path)
+
+
+# --- what ships ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_shipped_clip_finds_captions_of_pictures_that_it_never_saw():
+    """Its card says 65 and 67 % among 500; among all 881 it is harder."""
+    clip, splits = CLIP.from_pretrained("emoji"), [emoji(split) for split in ("validation", "object_style", "tone_style")]
+    image = torch.cat([clip.encode_image(part) for split in splits for part in split.images().split(128)])
+    found = retrieval(image, clip.embed_texts([caption for split in splits for caption in split.captions]))
+    assert found["image_to_text@1"] > 0.55 and found["text_to_image@1"] > 0.55, found
