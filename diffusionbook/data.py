@@ -86,7 +86,7 @@ def _crop(picture: Image.Image, size: int) -> Image.Image:
     left, top = (width - size) // 2, (height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
-# %% ../book/00_start_here.ipynb #ch00-30
+
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Turn a tensor (B, 3, H, W) in [-1, 1] into a list of PIL pictures. Raises as `check_images` does.
 

@@ -132,21 +132,26 @@ def _squared_slope(u: Tensor, h: Sequence[float]) -> Tensor:
 
 
 def _borders(
-    u: Tensor, h: Sequence[float], law: Conductance, contrast: float | Tensor, presmooth: float = 0
+    u: Tensor, h: Sequence[float], law: Conductance, contrast: float | Tensor, presmooth: float = 0,
+    room: list[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """How well the border between each two neighbours conducts, g / h^2, one tensor per axis of space.
 
     u: (B, C, *space). Each tensor is (B, 1, *space) with one less along its axis: channels share their borders.
     presmooth 0: each border by its own difference (Perona & Malik 1990). Above: by the gradient of the blurred
-    picture at the two pixels (Catté et al. 1992).
+    picture at the two pixels (Catté et al. 1992). room: a list; what is measured is kept
+    there, and written over by the next measurement that is given the same list.
     """
+    room = [] if room is None else room
     if presmooth:
         blurred = heat(u, sigma=presmooth, spacing=h, channel_axis=1, batch_axis=0)
         share = law(_squared_slope(blurred, h) / contrast**2)
         yield from (sum(_neighbours(share, axis)) / (2 * step**2) for axis, step in enumerate(h, start=2))
         return
     for axis, step in enumerate(h, start=2):
-        border, scale = torch.empty_like(_neighbours(u[:, :1], axis)[0]), (contrast * step) ** -2
+        if len(room) == axis - 2:
+            room.append(torch.empty_like(_neighbours(u[:, :1], axis)[0]))
+        border, scale = room[axis - 2], (contrast * step) ** -2
         for first, last in _strips(u):
             squared = u[:, :, first : last + (axis == 2)].diff(dim=axis).square_()
             if u.shape[1] > 1:
@@ -301,9 +306,13 @@ def sure(noisy: Tensor, clean: Tensor, moved: Tensor, probe: Tensor, noise: floa
     probe is a small random +-epsilon at each pixel; noise: standard deviation of the noise. All tensors have one
     shape. (Stein 1981; the probe: Ramani, Blu & Unser 2008.) Defined in chapter 02.
     """
-    residual = (clean - noisy).square_().mean()
-    sensitivity = (moved - clean).mul_(probe).mean() / probe.square().mean()  # mean of d clean[i] / d noisy[i]
-    return (residual + noise**2 * (2 * sensitivity - 1)).item()
+    residual = response = power = 0
+    for y, x, moved_x, p in zip(*(a.flatten().split(2**16) for a in (noisy, clean, moved, probe)), strict=True):
+        p = p.to(x)
+        residual = residual + (x - y).square_().sum()
+        response, power = response + (moved_x - x).mul_(p).sum(), power + p.square().sum()
+    sensitivity = response / power  # mean of d clean[i] / d noisy[i]
+    return (residual / noisy.numel() + noise**2 * (2 * sensitivity - 1)).item()
 
 # %% ../book/02_edges.ipynb #d511b58e
 def _scheme_times(t: float, step: float | None, scheme: str, bound: float) -> list[float]:
@@ -336,6 +345,7 @@ def _evolve(
     presmooth: float = 0,
     scheme: str = "fed",
     fidelity: float = 0,
+    room: list[Tensor] | None = None,
 ) -> Iterator[tuple[float, Tensor]]:
     """Yield (time, picture): u at 0, then at each of the times. Before each stretch the borders are measured anew.
 
@@ -346,7 +356,7 @@ def _evolve(
     now, bound = 0.0, 1 / (1 / max_stable_step(h) + fidelity)
     yield now, u
     for t in times:
-        borders = _borders(u, h, law, contrast, presmooth)
+        borders = _borders(u, h, law, contrast, presmooth, room)
         if scheme == "aos":
             _aos_(u, borders, t - now, fidelity, source)  # one axis at a time
         else:
@@ -361,17 +371,15 @@ def _best_times(u: Tensor, h: Sequence[float], noise: float, **options) -> list[
     """Growing times, up to the one at which the estimated error is least. u: (1, C, *space)."""
     if noise == 0:
         return []
-    signs = 2 * torch.randint(2, u.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8) - 1
-
-    def probe() -> Tensor:  # bytes are kept, not numbers
-        return signs.to(u).mul_(noise / 10)
-
+    signs = torch.randint(2, u.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    probe = signs.to(u.device, torch.bfloat16).sub_(0.5).mul_(noise / 5)  # half the memory, and exact enough: +-epsilon
+    signs, room = None, []  # both flows take turns in one room
     first = 0.4 * len(h) * max_stable_step(h)  # a fifth of the squared spacing
     times = [first * 1.1**i for i in range(90)]  # up to a thousand squared spacings, a blur of 45 pixels
-    flows = _evolve(u, h, times, **options), _evolve(u + probe(), h, times, **options)
+    flows = _evolve(u, h, times, room=room, **options), _evolve(u + probe, h, times, room=room, **options)
     best, least = 0, noise**2  # the error of doing nothing
     for i, ((_, clean), (_, moved)) in enumerate(zip(*flows, strict=True)):
-        error = sure(u, clean, moved, probe(), noise)
+        error = sure(u, clean, moved, probe, noise)
         if error < least:
             best, least = i, error
         elif i - best == 8:  # twice the best time, and no better

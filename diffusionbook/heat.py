@@ -113,7 +113,7 @@ def divergence(slope: Tensor, axis: int, spacing: float = 1.0) -> Tensor:
     border = slope.new_zeros(shape)
     return difference(torch.cat([border, slope, border], axis), axis, spacing)
 
-# %% ../book/01_heat.ipynb #heat-15
+
 def _laplacian(u: Tensor, h: Sequence[float]) -> Tensor:
     """Sum over the axes of space of the change of slope: (B, C, *space) -> same."""
     return sum(divergence(difference(u, axis, step), axis, step) for axis, step in enumerate(h, start=2))

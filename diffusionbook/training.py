@@ -468,7 +468,7 @@ def _data(split: str, *, name: str, **options):
         raise ValueError(f"no data named {name!r}; choose one of {', '.join(makers)}")
     return makers[name](split, **options)
 
-# %% ../book/08_training.ipynb #597baf46
+
 def run_recipe(path, *, folder, device="cpu", steps: int | None = None, progress: bool = True) -> Denoiser:
     """Train what a recipe describes and save it, with averaged weights, in `folder`, by `save_denoiser`.
 

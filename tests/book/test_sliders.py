@@ -1,0 +1,163 @@
+"""The figures with controls: they show the numbers of the Python code, and everyone can use them."""
+import json
+import re
+
+import numpy as np
+import pytest
+import slider_pictures
+import torch
+
+from diffusionbook.filtering import conductance, diffuse
+from diffusionbook.schedules import NoiseSchedule
+
+HOME = {"schedule": "04_noise_schedules", "edges": "02_edges"}
+
+
+@pytest.fixture(scope="module")
+def open_figure(book, browser):
+    """Open the page that holds a figure, as a file, and return its element; without options, one page for all tests."""
+    problems, opened = [], {}
+
+    def open_figure(name, **options):
+        if options or name not in opened:
+            page = browser.new_page(**options)
+            page.set_default_timeout(120_000)
+            page.route(re.compile("mathjax"), lambda route: route.fulfill(body=""))  # large, and not looked at here
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.goto((book.html / "book" / f"{HOME[name]}.html").as_uri(), wait_until="domcontentloaded")
+            figure = page.locator(f"[data-slider={name}]")
+            if options:
+                return figure
+            opened[name] = figure
+        return opened[name]
+
+    yield open_figure
+    assert not problems
+
+
+def turn(figure, **controls):
+    """Give controls the positions named and wait until the figure is drawn again."""
+    figure.evaluate("""async (figure, controls) => {
+        for (const [name, value] of Object.entries(controls)) {
+            const input = document.getElementById(`${figure.dataset.slider}-${name}`);
+            if (input.type === "checkbox") input.checked = value; else input.value = value;
+            input.dispatchEvent(new Event("input"));
+        }
+        await new Promise(requestAnimationFrame);
+    }""", controls)
+
+
+def says(figure):
+    return figure.locator(".slider-says").text_content()
+
+
+def pixels(figure, number):
+    """What a canvas of the figure shows: (height, width, 3), from 0 to 255."""
+    rows = figure.locator("canvas").nth(number).evaluate("""(canvas) => [canvas.height, canvas.width,
+        ...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]""")
+    return np.array(rows[2:], dtype=float).reshape(rows[0], rows[1], 4)[..., :3]
+
+
+# --- all figures ---------------------------------------------------------------------------------
+def test_every_figure_stands_in_its_chapter_and_says_so_elsewhere(root):
+    found = {}
+    for path in sorted((root / "book").glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for name, words in re.findall(r'^<div data-slider="(\w+)">(.+)</div>$', "".join(cell["source"]), re.M):
+                found[name] = path.stem
+                assert "In the rendered book" in words
+                assert ":::{admonition} Predict first" in "".join(cell["source"])
+    assert found == HOME
+
+
+def test_the_pictures_are_those_of_the_tool(root):
+    assert (root / "book/_static/sliders/pictures.js").read_text(encoding="utf8") == slider_pictures.script()
+
+
+def test_only_pages_with_a_figure_load_the_scripts(book):
+    for name in (*HOME.values(), "05_denoising", "paint"):
+        loads = "sliders/sliders.js" in (book.html / "book" / f"{name}.html").read_text(encoding="utf8")
+        assert loads == (name in HOME.values()), name
+
+
+@pytest.mark.parametrize("name", HOME)
+def test_a_keyboard_and_a_screen_reader_will_do(open_figure, name):
+    figure = open_figure(name)
+    assert figure.get_attribute("role") == "group" and figure.get_attribute("aria-label")
+    for drawing in figure.locator("canvas, svg").all():
+        assert drawing.get_attribute("role") == "img" and drawing.get_attribute("aria-label")
+    for control in figure.locator("input, select").all():
+        assert figure.locator(f"label[for={control.get_attribute('id')}]").text_content()
+    for slider in figure.locator("input[type=range]").all():
+        output = figure.locator(f"output[for={slider.get_attribute('id')}]")
+        before = output.text_content()
+        slider.press("ArrowLeft" if slider.input_value() == slider.get_attribute("max") else "ArrowRight")
+        figure.evaluate("() => new Promise(requestAnimationFrame)")
+        assert output.text_content() == slider.get_attribute("aria-valuetext") != before
+
+
+@pytest.mark.parametrize("name", HOME)
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
+def test_nothing_jumps(open_figure, name, width):
+    height = "(figure) => figure.getBoundingClientRect().height"
+    before = open_figure(name, viewport={"width": width, "height": 900}, java_script_enabled=False)
+    kept_free = before.bounding_box()["height"]
+    before.page.close()
+    figure = open_figure(name, viewport={"width": width, "height": 900})
+    for end in ("min", "max"):
+        ends = {slider.get_attribute("id").split("-")[1]: slider.get_attribute(end)
+                for slider in figure.locator("input[type=range]").all()}
+        turn(figure, **ends)
+        assert figure.evaluate(height) == kept_free, end
+    assert figure.evaluate("(figure) => figure.scrollWidth <= figure.clientWidth")
+    figure.page.close()
+
+
+# --- chapter 04 ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("recipe", ["linear", "scaled_linear", "sigmoid_ramp", "cosine", "sigmoid"])
+@pytest.mark.parametrize(("steps", "last"), [(1000, 0.02), (10, 0.2)])
+def test_the_schedules_are_pythons(open_figure, recipe, steps, last):
+    figure = open_figure("schedule")
+    options = {} if recipe in ("cosine", "sigmoid") else {"beta_max": last}
+    expected = getattr(NoiseSchedule, recipe)(steps, **options).alpha_bar
+    found = figure.evaluate("(figure, given) => sliderMaths.alphaBar(...given)", [recipe, steps, last])
+    assert np.allclose(found, expected, rtol=1e-9, atol=0)
+
+
+def test_the_picture_dissolves(open_figure):
+    figure, cat = open_figure("schedule"), slider_pictures.pictures()["cat"]
+    turn(figure, recipe="linear", last=-1.7, steps=1000)
+    assert "0.0040 %" in says(figure)
+    likeness = [np.corrcoef(pixels(figure, i).ravel(), cat.ravel())[0, 1] for i in range(6)]
+    assert likeness[0] > 0.99 and abs(likeness[5]) < 0.05 and likeness == sorted(likeness, reverse=True)
+    turn(figure, steps=100)
+    assert "36 %" in says(figure)
+    assert np.corrcoef(pixels(figure, 5).ravel(), cat.ravel())[0, 1] > 0.3
+    turn(figure, recipe="cosine")
+    assert figure.locator("#schedule-last").is_disabled()
+
+
+# --- chapter 02 ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("law", ["quadratic", "exponential", "charbonnier", "tukey", "weickert", "heat"])
+def test_the_filter_is_pythons(open_figure, law):
+    figure, bytes_ = open_figure("edges"), slider_pictures.pictures()
+    noisy, clean = bytes_["noisyCoins"] / 255, bytes_["coins"] / 255
+    for position, time in ((-1.5, 0.5), (-0.6, 7.25)):
+        turn(figure, law=law, contrast=position, time=time)
+        expected = diffuse(noisy, time, contrast=10**position, scheme="explicit",
+                           conductance=torch.ones_like if law == "heat" else law)
+        assert np.abs(pixels(figure, 1)[..., 0] - 255 * expected.clip(0, 1)).max() < 0.51
+        assert f"{-10 * np.log10(np.mean((expected - clean) ** 2)):.1f} dB;" in says(figure)
+
+
+def test_white_is_where_heat_flows(open_figure):
+    figure = open_figure("edges")
+    turn(figure, law="quadratic", contrast=-1, time=4)
+    u = diffuse(slider_pictures.pictures()["noisyCoins"] / 255, 4, contrast=0.1, scheme="explicit")
+    inside = np.zeros_like(u)
+    for axis in (0, 1):
+        share = conductance("quadratic")(torch.from_numpy(np.diff(u, axis=axis) / 0.1).square()).numpy()
+        inside += sum(np.pad(share, [pad if i == axis else (0, 0) for i in (0, 1)]) for pad in ((0, 1), (1, 0)))
+    borders = np.pad(np.full((94, 126), 4), 1, constant_values=3)
+    borders[::95, ::127] = 2
+    assert np.abs(pixels(figure, 2)[..., 0] - 255 * inside / borders).max() < 0.51
