@@ -11,7 +11,7 @@ import pytest
 import repository
 import yaml
 from bs4 import BeautifulSoup
-from exported_code import first_public_name, modules
+from exported_code import modules, public_names
 
 MB = 1024**2
 # What axe-core (tests/data/axe.min.js, MPL-2.0) calls a serious or critical barrier for people who use other senses.
@@ -89,6 +89,17 @@ def test_api_page_lists_every_public_name(root, book, pages):
             assert f"diffusionbook.{module}.{node.name}" in listed
 
 
+def test_api_page_links_to_the_cell_that_builds_each_name(root, book, pages, chapters):
+    linked = {link["href"] for link in pages[book.html / "book" / "api.html"].select("dl.py dd a.reference.internal")}
+    for name in notebooks(root, chapters):
+        for cell in pages[book.html / f"{name}.html"].select("[id^='built-']"):
+            code = cell.select_one("pre").get_text()
+            module = cell.select_one("p.exported-to").get_text().rpartition(".")[2]
+            for public in public_names(code):
+                anchor = f"{Path(name).name}.html#built-{module}-{public}"
+                assert anchor in linked, f"the API page has no link to {anchor}"
+
+
 def test_exported_cells_carry_a_sign_and_no_directive(root, book, pages, chapters):
     for name in notebooks(root, chapters):
         page = pages[book.html / f"{name}.html"]
@@ -100,16 +111,15 @@ def test_exported_cells_carry_a_sign_and_no_directive(root, book, pages, chapter
         for cell, sign in zip(exported, signs, strict=True):
             module = re.match(r"#\| export *(\w*)", "".join(cell["source"]))[1] or default[1]
             assert sign.get_text() == f"exported to diffusionbook.{module}"
-            target = first_public_name("".join(cell["source"]))
+            target = next(iter(public_names("".join(cell["source"]))), None)
             anchor = f"diffusionbook.{module}.{target}" if target else f"api-{module.replace('_', '-')}"
             assert sign.a["href"] == f"api.html#{anchor}"
         assert not any("#|" in code.get_text() for code in page.select("div.cell_input"))
 
 
-def test_first_public_name():
-    assert first_public_name("import torch") is None
-    assert first_public_name("def _a(): ...\nclass B: ...\ndef c(): ...") == "B"
-    assert first_public_name("not python") is None
+def test_public_names():
+    assert public_names("import torch") == public_names("not python") == []
+    assert public_names("def _a(): ...\nclass B: ...\ndef c(): ...") == ["B", "c"]
 
 
 def test_glossary_words_carry_their_definition(book, pages, chapters):
