@@ -8,7 +8,6 @@ Prints Markdown tables. A ratio below 1 means that ours is faster.
 """
 import argparse
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from timing import in_turns, row, setting
 
 from diffusionbook.autoencoders import VAE, TinyVAE, TinyVAEConfig, VAEConfig
 
@@ -73,17 +73,6 @@ def pair(case: Case, device: torch.device) -> tuple[Callable[[], torch.Tensor], 
 
 
 @torch.no_grad()
-def milliseconds(function: Callable[[], torch.Tensor], cuda: bool) -> float:
-    """How long one call takes."""
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if cuda:
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
-
-
 def speed(cuda: bool, smoke: bool, pairs: int, only: str) -> None:
     """Print the table of times."""
     device = torch.device("cuda" if cuda else "cpu")
@@ -93,12 +82,9 @@ def speed(cuda: bool, smoke: bool, pairs: int, only: str) -> None:
             continue
         functions = pair(case, device)
         for function in functions * 2:  # warm up
-            milliseconds(function, cuda)
-        times = [[milliseconds(f, cuda) for f in functions] for _ in range(pairs)]
-        ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-        ratio = statistics.median(a / b for a, b in times)
-        print(f"| {case.name} | {case.batch} | {case.size} | {'decode' if case.decode else 'encode'} "
-              f"| {ours:.1f} | {theirs:.1f} | {ratio:.2f} |", flush=True)
+            function()
+        print(row(in_turns(functions, pairs, cuda=cuda), case.name, case.batch, case.size,
+                  "decode" if case.decode else "encode"), flush=True)
 
 
 @torch.no_grad()
@@ -133,8 +119,7 @@ def main() -> None:
     if options.one_decode:
         return one_decode(*options.one_decode)
     cuda, pairs = torch.cuda.is_available(), 2 if options.smoke else options.pairs
-    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {pairs} interleaved pairs, "
-          + (torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads") + "\n")
+    print(setting(diffusers, pairs, cuda=cuda))
     if options.memory:
         return memory(options.side)
     return speed(cuda, options.smoke, pairs, options.only)

@@ -7,10 +7,10 @@ Prints a Markdown table of milliseconds for each code. A ratio below 1 means tha
 """
 import argparse
 import statistics
-import time
 import warnings
 
 import torch
+from timing import in_turns, ratio
 
 from diffusionbook.dalle import DalleConfig, DalleTransformer, sample_codes, to_gpt2
 from diffusionbook.data import pick_device
@@ -53,17 +53,11 @@ def main(batch: int, grid: int, rounds: int) -> None:
     ways = {"ours": remembering, "ours without its memory": forgetful, "transformers' generate": gpt2}
     written = [way() for way in ways.values()]  # also warms up
     assert all(torch.equal(written[0], other) for other in written[1:])
-    seconds = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()[0, -1].item()  # waits for a GPU
-            seconds[name].append(time.perf_counter() - began)
+    times = in_turns(list(ways.values()), rounds, cuda=device.type == "cuda")
     print(f"The last {count} of {c.places} codes of {batch} pictures on {device.type}, {rounds} rounds.\n")
     print("| | ms for each code | ratio |\n|---|---|---|")
-    for name, times in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds["ours"], times, strict=True))
-        print(f"| {name} | {1000 * statistics.median(times) / count:.1f} | {ratio:.2f} |")
+    for name, own in zip(ways, times, strict=True):
+        print(f"| {name} | {statistics.median(own) / count:.1f} | {ratio(times[0], own):.2f} |")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
+from timing import in_turns, ratio
 
 from diffusionbook.checkpoints import locate
 from diffusionbook.stable_diffusion import StableDiffusion
@@ -48,24 +50,12 @@ def painter(side: str, folder, dtype: torch.dtype, memory: str | None, device: s
                                              width=size or 64, output_type="pt").images
 
 
-def timed(run) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
 def miniature(pairs: int) -> None:
-    paint = {side: painter(side, locate("emoji"), torch.float32, None, "cpu") for side in ("ours", "theirs")}
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for turn in range(pairs + 1):
-        for side in sorted(paint, reverse=bool(turn % 2)):
-            seconds = timed(lambda side=side: paint[side](STEPS))
-            if turn:  # the first warms up
-                times[side].append(seconds)
-    ratio = statistics.median(a / b for a, b in zip(times["ours"], times["theirs"], strict=True))
-    ours, theirs = (statistics.median(times[side]) for side in ("ours", "theirs"))
+    painters = [painter(side, locate("emoji"), torch.float32, None, "cpu") for side in ("ours", "theirs")]
+    ours, theirs = (own[1:] for own in in_turns([partial(paint, STEPS) for paint in painters], pairs + 1))  # warm
     print("| miniature, 64×64, 20 steps | diffusionbook | diffusers | ratio |\n|---|---|---|---|")
-    print(f"| seconds per picture | {ours:.2f} | {theirs:.2f} | {ratio:.2f} |\n")
+    seconds = [f"{statistics.median(own) / 1000:.2f}" for own in (ours, theirs)]
+    print(f"| seconds per picture | {' | '.join(seconds)} | {ratio(ours, theirs):.2f} |\n")
 
 
 def alone(side: str, folder: str, memory: str | None, size: int) -> None:

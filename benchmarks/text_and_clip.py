@@ -7,8 +7,6 @@ Prints Markdown tables. A ratio below 1 means that ours is faster.
 """
 import argparse
 import importlib.util
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from timing import in_turns, row, setting
 
 from diffusionbook.clip import CLIP, CLIPConfig
 from diffusionbook.data import emoji
@@ -77,23 +76,6 @@ def open_clip_tokenizer():
     return module.SimpleTokenizer()
 
 
-def milliseconds(function: Callable[[], object], cuda: bool) -> float:
-    """How long one call takes."""
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if cuda:
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
-
-
-def row(name: str, times: list[list[float]]) -> str:
-    """One line of a table: medians, and the median of the pairs' ratios."""
-    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-    return f"| {name} | {ours:.1f} | {theirs:.1f} | {statistics.median(a / b for a, b in times):.2f} |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="the miniature alone and few pairs")
@@ -101,8 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda, pairs = device.type == "cuda", 2 if options.smoke else options.pairs
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {pairs} interleaved pairs, "
-          + (torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads") + "\n")
+    print(setting(transformers, pairs, cuda=cuda))
     print("| tower | ours, ms | transformers, ms | ratio |\n|---|---|---|---|")
     with torch.no_grad():
         for name, config in configs(cuda, options.smoke).items():
@@ -110,21 +91,22 @@ def main() -> None:
             for work, functions in towers(config, batch, device).items():
                 for function in functions:  # warm up; the comparison was the first call
                     function()
-                times = [[milliseconds(f, cuda) for f in functions] for _ in range(pairs)]
-                print(row(f"{name}, {batch} {work}", times), flush=True)
+                print(row(in_turns(functions, pairs, cuda=cuda), f"{name}, {batch} {work}"), flush=True)
     captions = emoji("train").captions[:: 20 if options.smoke else 1]
     odd = ODD * (len(captions) // 8)
     print("\n| tokenizing | ours, ms | open_clip, ms | ratio |\n|---|---|---|---|")
     for name, texts in [(f"{len(captions)} captions", captions), (f"{len(odd)} texts to repair", odd)]:
         for state in ("words seen before", "first time"):
-            tokenizers = [clip_tokenizer(), open_clip_tokenizer()]
+            makers = clip_tokenizer, open_clip_tokenizer
             if state == "words seen before":
+                tokenizers = [make() for make in makers]
                 assert torch.equal(*(tokenizer(texts) for tokenizer in tokenizers))
-                times = [[milliseconds(partial(t, texts), False) for t in tokenizers] for _ in range(pairs)]
-            else:  # a new pair each time, made before the clock starts
-                times = [[milliseconds(partial(t, texts), False) for t in (clip_tokenizer(), open_clip_tokenizer())]
-                         for _ in range(min(pairs, 3 if options.smoke else 5))]
-            print(row(f"{name}, {state}", times), flush=True)
+                times = in_turns([partial(tokenizer, texts) for tokenizer in tokenizers], pairs)
+            else:  # new ones each time, made before the clock starts
+                rounds = min(pairs, 5)
+                shelves = [[make() for _ in range(rounds)] for make in makers]
+                times = in_turns([lambda shelf=shelf, texts=texts: shelf.pop()(texts) for shelf in shelves], rounds)
+            print(row(times, f"{name}, {state}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@
 Prints a Markdown table. A ratio below 1 means that ours is faster.
 """
 import argparse
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from timing import in_turns, row, setting
 from torch import nn
 
 from diffusionbook.training import has_bf16
@@ -109,17 +108,6 @@ def work(answer: Callable[[], torch.Tensor], network: nn.Module, case: Case) -> 
     return step if case.train else forward
 
 
-def milliseconds(function: Callable[[], None], cuda: bool) -> float:
-    """How long one call takes."""
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if cuda:
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny network and few pairs")
@@ -128,8 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda, pairs = device.type == "cuda", 2 if options.smoke else options.pairs
-    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {pairs} interleaved pairs, "
-          + (torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads") + "\n")
+    print(setting(diffusers, pairs, cuda=cuda))
     print("| network | batch | pass | numbers | ours, ms | diffusers, ms | ratio |\n|---|---|---|---|---|---|---|")
     for case in cases(cuda, options.smoke):
         if options.only not in case.name:
@@ -137,16 +124,9 @@ def main() -> None:
         functions = pair(case, device)
         for function in functions * 2:  # warm up
             function()
-        times = []
-        for turn in range(pairs):  # each goes first every other time
-            first = milliseconds(functions[turn % 2], cuda)
-            second = milliseconds(functions[1 - turn % 2], cuda)
-            times.append((second, first) if turn % 2 else (first, second))
-        ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-        ratio = statistics.median(a / b for a, b in times)
+        times = in_turns(functions, pairs, cuda=cuda)
         numbers = ("bf16 autocast" if case.bf16 else "fp32") + (", compiled, channels last" if case.fast else "")
-        print(f"| {case.name} | {case.batch} | {'training step' if case.train else 'forward'} | {numbers} "
-              f"| {ours:.1f} | {theirs:.1f} | {ratio:.2f} |", flush=True)
+        print(row(times, case.name, case.batch, "training step" if case.train else "forward", numbers), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,35 +2,33 @@
 
     python recipes/emoji_controlnet.py [--folder runs/emoji_controlnet] [--steps 4000] [--batch 64] [--device cuda]
 
-Needs the pipeline of recipes/emoji_stable_diffusion.py, which stays frozen. Resumable: the same command goes on where
-it stopped. At the end the weights go to diffusionbook/weights/emoji/controlnet (or to `--ship`), as diffusers'
-ControlNetModel reads them.
+Needs the pipeline of recipes/emoji_stable_diffusion.py, which stays frozen. The 8.0M parameters are a copy of the
+U-Net's way down, as wide as what it adds to; without any attention, the least that diffusers' layout allows, it would
+still have 3.5M. Resumable: the same command goes on where it stopped. At the end the weights go to
+diffusionbook/weights/emoji/controlnet (or to `--ship`), as diffusers' ControlNetModel reads them.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
+from shared import SHIPPED, latents_of, options
 from torch.utils.data import StackDataset
 
-from diffusionbook.data import emoji, pick_device
+from diffusionbook.data import emoji
 from diffusionbook.editing import Controlled, ControlNet, edge_map
 from diffusionbook.stable_diffusion import StableDiffusion
 from diffusionbook.training import DenoisingLoss, balanced_weights, has_bf16, mean_loss, train
 
 HINT_CHANNELS = (8, 16, 32, 64)  # a quarter of the public width: lines of 64×64 pixels are simple
 WITHOUT_CAPTION = 0.5  # captions left out, so that the lines must say it all (Zhang et al. 2023, section 3.3)
-SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
-@torch.no_grad()
 def encoded(painter: StableDiffusion, split: str, limit: int | None) -> tuple[StackDataset, list[str]]:
     """Latents, edges and captions of one split, encoded once; and the names."""
     data = emoji(split)
     images, captions = data.images(range(limit) if limit else None), data.captions[:limit]
     edges = torch.cat([edge_map(part)[:, :1] for part in images.split(256)]).bool()
-    latents = torch.cat([painter.encode(part).cpu() for part in images.split(64)])
-    return (StackDataset(x0=latents, edges=edges, ids=painter.tokenizer(captions)),
+    return (StackDataset(x0=latents_of(painter, images), edges=edges, ids=painter.tokenizer(captions)),
             [a["name"] for a in data.attributes[:limit]])
 
 
@@ -62,12 +60,4 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_controlnet"))
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", type=torch.device, default=None)
-    parser.add_argument("--ship", type=Path, default=SHIPPED)
-    parser.add_argument("--limit", type=int, help="use only so many pictures, to try the recipe out")
-    given = parser.parse_args()
-    main(given.folder, given.steps, given.batch, given.device or pick_device(), given.ship, given.limit)
+    main(**options(__file__, __doc__, steps=4000, batch=64))

@@ -7,11 +7,11 @@ picture is shown, and the network learns to paint the rest. Needs the CLIP of re
 command goes on where it stopped. At the end decoder, text projection and schedule go to diffusionbook/weights/emoji.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
-from emoji_prior import SHIPPED, UNSEEN, Captions, choose_captions, load_clip, look, two_captions
+from emoji_prior import Captions, choose_captions, load_clip, look, two_captions
+from shared import UNSEEN, options, report_unseen
 from torch import nn
 from torch.utils.data import StackDataset
 
@@ -96,17 +96,9 @@ def main(folder: Path, steps: int, ship: Path, clip: CLIP | None = None) -> dict
     for name, network in networks.items():
         network.save_pretrained(ship / name, dtype=torch.float16)
     save_scheduler(ship / "decoder_scheduler", Denoiser(networks["decoder"], SCHEDULE, "v"))
-    reports = {split: {"with embedding": unseen_error(split), "caption only": unseen_error(split, with_image=False)}
-               for split in UNSEEN}
-    for split, numbers in reports.items():
-        print(split, {name: round(number, 4) for name, number in numbers.items()})
-    return reports
+    return report_unseen(lambda split: {"with embedding": unseen_error(split),
+                                        "caption only": unseen_error(split, with_image=False)})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_decoder"))
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--ship", type=Path, default=SHIPPED, help="where the weights go")
-    given = parser.parse_args()
-    main(given.folder, given.steps, given.ship)
+    main(**options(__file__, __doc__, steps=5000))

@@ -9,13 +9,13 @@ guidance=1.
 (Luo et al. 2023, section 4; the target network is the student itself, after Song and Dhariwal 2024.)
 """
 
-import argparse
 from pathlib import Path
 
 import torch
+from shared import SHIPPED, latents_of, options
 from torch.utils.data import StackDataset
 
-from diffusionbook.data import emoji, pick_device
+from diffusionbook.data import emoji
 from diffusionbook.denoising import Condition, Denoiser, classifier_free
 from diffusionbook.editing import LoRA
 from diffusionbook.samplers import sample
@@ -25,7 +25,6 @@ from diffusionbook.training import balanced_weights, has_bf16, train
 GUIDANCE = 3.0  # what the teacher's guidance is becomes part of the student
 CHANGED = r"^unet\..*(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|conv[12])$"  # attention and residual blocks
 STOPS = 50  # the times between which the student must agree with itself
-SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
 def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path, limit: int | None = None) -> None:
@@ -33,8 +32,7 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
     painter.unet.requires_grad_(False)
     data, schedule, unseen = emoji("train"), painter.schedule, emoji("validation").captions[:64]
     images, captions = data.images(range(limit) if limit else None), data.captions[:limit]
-    with torch.no_grad():
-        latents = torch.cat([painter.encode(part).cpu() for part in images.split(64)])
+    latents = latents_of(painter, images)
     pictures = StackDataset(x0=latents, ids=painter.tokenizer(captions))
     empty = painter.encode_text([""])
     torch.manual_seed(0)
@@ -80,12 +78,4 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_lcm"))
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", type=torch.device, default=None)
-    parser.add_argument("--ship", type=Path, default=SHIPPED)
-    parser.add_argument("--limit", type=int, help="use only so many pictures, to try the recipe out")
-    given = parser.parse_args()
-    main(given.folder, given.steps, given.batch, given.device or pick_device(), given.ship, given.limit)
+    main(**options(__file__, __doc__, steps=3000, batch=64))

@@ -6,12 +6,12 @@ Needs the CLIP of recipes/emoji_clip.py, which takes no part in training: all em
 the same command goes on where it stopped. At the end network and schedule go to diffusionbook/weights/emoji.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from shared import SHIPPED, UNSEEN, options, report_unseen
 from torch.utils.data import StackDataset
 
 from diffusionbook.clip import CLIP
@@ -26,8 +26,6 @@ from diffusionbook.training import balanced_weights, has_bf16, mean_loss, train
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone gives varied pictures
 WITHOUT_CAPTION = 0.1  # empty captions, for classifier-free guidance
 SCHEDULE = NoiseSchedule.cosine()
-UNSEEN = ("validation", "object_style", "tone_style")
-SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
 def load_clip(device: torch.device) -> CLIP:
@@ -128,16 +126,8 @@ def main(folder: Path, steps: int, ship: Path, clip: CLIP | None = None) -> dict
                     "text to the picture": F.cosine_similarity(told.embedding, real).mean().item()}
         return {"loss": unseen_error(split), **likeness, **same}
 
-    reports = {split: report(split) for split in UNSEEN}
-    for split, numbers in reports.items():
-        print(split, {name: round(number, 3) for name, number in numbers.items()})
-    return reports
+    return report_unseen(report)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_prior"))
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--ship", type=Path, default=SHIPPED, help="where the weights go")
-    given = parser.parse_args()
-    main(given.folder, given.steps, given.ship)
+    main(**options(__file__, __doc__, steps=4000))

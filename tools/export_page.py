@@ -17,6 +17,9 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from diffusionbook.checkpoints import locate
+from diffusionbook.clip import CLIP
+from diffusionbook.data import emoji
 from diffusionbook.stable_diffusion import StableDiffusion
 
 
@@ -58,8 +61,35 @@ def store_as_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def export(painter: StableDiffusion, folder: Path) -> None:
-    """Write the networks and `painter.json` into `folder`."""
+def shipped_clip() -> CLIP | None:
+    """The miniature CLIP, if it ships."""
+    return CLIP.from_pretrained("emoji") if (locate("emoji") / "clip").is_dir() else None
+
+
+def scale(clip: CLIP, ids: torch.Tensor, images: torch.Tensor) -> dict[str, list[float]]:
+    """How similar real pictures are to their own captions and to those of others: 101 percentiles of each."""
+    other = torch.arange(len(ids)).roll(len(ids) // 2)
+    pairs = {"own": clip.score(images, ids), "others": clip.score(images, ids[other])}
+    return {name: np.percentile(values.numpy(), range(101)).round(4).tolist() for name, values in pairs.items()}
+
+
+def export_meter(clip: CLIP, painter: StableDiffusion, folder: Path) -> dict:
+    """Write the network that says how well a picture fits a caption; return its size and its scale."""
+    real = emoji("validation")
+    rows = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:400].tolist()
+    ids, images = painter.tokenizer([real.captions[i] for i in rows]), real.images(rows)
+
+    def similarity(net, image, ids):
+        return torch.cosine_similarity(net.encode_image(image), net.text_states(ids)[1])
+
+    graph = to_onnx(clip, similarity, {"image": images[:1], "ids": ids[:1]}, "similarity")
+    path = folder / "clip.onnx"
+    path.write_bytes(store_as_float16(graph).SerializeToString())
+    return {"size": path.stat().st_size, **scale(clip, ids, images)}
+
+
+def export(painter: StableDiffusion, folder: Path, clip: CLIP | None = None) -> None:
+    """Write the networks and `painter.json` into `folder`; with a CLIP, the meter of the page too."""
     folder.mkdir(parents=True, exist_ok=True)
     unet, encoder, tokenizer = painter.unet.config, painter.text_encoder.config, painter.tokenizer
     latent = (unet.in_channels, unet.sample_size, unet.sample_size)
@@ -83,10 +113,12 @@ def export(painter: StableDiffusion, folder: Path) -> None:
         "length": tokenizer.context_length, "pad": tokenizer.pad_id, "vocabulary": tokenizer.vocab,
         "merges": [" ".join(pair) for pair in tokenizer.merges],
     }
+    if clip is not None:
+        facts["meter"] = export_meter(clip, painter, folder)
     (folder / "painter.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    export(StableDiffusion.from_pretrained("emoji"), parser.parse_args().folder)
+    export(StableDiffusion.from_pretrained("emoji"), parser.parse_args().folder, shipped_clip())

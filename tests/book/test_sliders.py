@@ -7,10 +7,13 @@ import pytest
 import slider_pictures
 import torch
 
+from diffusionbook.denoising import Denoiser
 from diffusionbook.filtering import conductance, diffuse
+from diffusionbook.samplers import SAMPLERS, timesteps
 from diffusionbook.schedules import NoiseSchedule
+from diffusionbook.scores import GaussianMixture
 
-HOME = {"schedule": "04_noise_schedules", "edges": "02_edges"}
+HOME = {"edges": "02_edges", "schedule": "04_noise_schedules", "samplers": "09_sampling", "guidance": "15_glide"}
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +164,72 @@ def test_white_is_where_heat_flows(open_figure):
     borders = np.pad(np.full((94, 126), 4), 1, constant_values=3)
     borders[::95, ::127] = 2
     assert np.abs(pixels(figure, 2)[..., 0] - 255 * inside / borders).max() < 0.51
+
+
+# --- chapters 09 and 15 --------------------------------------------------------------------------
+BELLS = [[1.4, 0.1, 0.01], [-0.6, 1.2, 0.08], [0.3, -0.9, 0.02]]
+POINTS = [[-0.5, 1.0], [2.0, -0.3], [0.1, 0.2], [-1.7, -1.4]]
+
+
+def perfect(bells, schedule):
+    bells = torch.tensor(bells, dtype=torch.float64)
+    world = GaussianMixture(bells[:, :2], bells[:, 2])
+    return Denoiser(lambda x, t: world.x0(x, *schedule.levels(t)), schedule, "x0")
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "ddpm"])
+@pytest.mark.parametrize("steps", [1, 3, 16])
+def test_the_samplers_are_pythons(open_figure, sampler, steps):
+    schedule, options = NoiseSchedule.cosine(), {"noise": torch.ones_like} if sampler == "ddpm" else {}
+    states = SAMPLERS[sampler](perfect(BELLS, schedule), torch.tensor(POINTS, dtype=torch.float64),
+                               timesteps(schedule, steps), **options)
+    found = open_figure("samplers").evaluate("""(figure, [sampler, steps, bells, points]) => {
+        const m = sliderMaths, stops = m.levels(m.alphaBar("cosine", 1000), steps);
+        const noise = (count) => new Float64Array(count).fill(1);
+        const states = m.SAMPLERS[sampler](m.denoiser(bells), Float64Array.from(points.flat()), stops, noise);
+        return Array.from(states, (x) => [...x]);
+    }""", [sampler, steps, BELLS, POINTS])
+    assert np.allclose(found, [x.flatten() for x, _ in states], atol=1e-6)
+
+
+def test_guidance_is_pythons(open_figure):
+    schedule, x = NoiseSchedule.cosine(), torch.tensor(POINTS, dtype=torch.float64)
+    asked, plain = (perfect(bells, schedule)(x, 500) for bells in (BELLS[:1], BELLS))
+    found = open_figure("guidance").evaluate("""(figure, [bells, points]) => {
+        const m = sliderMaths, level = { t: 500, ...m.levels(m.alphaBar("cosine", 1000), 1000)[499] };
+        const guided = m.guided(m.denoiser(bells.slice(0, 1)), m.denoiser(bells), ({ t }) => (t === 500 ? 3 : 0));
+        const { x0, eps } = guided(Float64Array.from(points.flat()), level);
+        return [[...x0], [...eps]];
+    }""", [BELLS, POINTS])
+    for mine, part in zip(found, ("x0", "eps"), strict=True):
+        expected = getattr(plain, part) + 3 * (getattr(asked, part) - getattr(plain, part))
+        assert np.allclose(mine, expected.flatten(), atol=1e-6)
+
+
+def test_more_steps_come_nearer_and_cost_more(open_figure):
+    figure, seen = open_figure("samplers"), []
+    for sampler, steps in (("heun", 4), ("heun", 32)):
+        turn(figure, sampler=sampler, steps=steps)
+        seen.append([float(number) for number in re.findall(r"[0-9]+(?:[.][0-9]+)?", says(figure))])
+    assert [questions for questions, _ in seen] == [6, 62]  # the first and the last step ask once
+    assert seen[1][1] < seen[0][1] / 4
+    turn(figure, sampler="ddpm")
+    assert "no distance" in says(figure)
+
+
+def test_scale_empties_the_loose_heap(open_figure):
+    figure, shares = open_figure("guidance"), {}
+    for scale, late in ((1, False), (4, False), (4, True)):
+        turn(figure, scale=scale, late=late)
+        shares[scale, late] = int(re.search(r"(\d+) % of the points", says(figure))[1])
+    assert 35 < shares[1, False] < 65
+    assert shares[4, False] < 5 < shares[4, True] < shares[1, False]
+
+
+def test_play_moves_the_points_unless_less_motion_is_wanted(open_figure):
+    figure = open_figure("samplers", reduced_motion="no-preference")
+    figure.locator(".slider-play").click()
+    figure.page.wait_for_function("document.getElementById('samplers-way').value < 0.9")
+    figure.page.wait_for_function("document.getElementById('samplers-way').value === '1'")
+    figure.page.close()
+    assert open_figure("samplers", reduced_motion="reduce").locator(".slider-play").is_hidden()

@@ -60,7 +60,7 @@ def test_img2img_paints_the_same(tmp_path):
                       generator=generators, output_type="pt").images * 2 - 1
     found = ours.img2img(images, CAPTIONS, strength=0.55, steps=10, guidance=5.0, sampler="ddim", seed=3,
                          output="tensor", progress=False)
-    assert found.std() > 0.02 and (found - wanted).abs().max() <= 2 / 127.5
+    assert found.std() > 0.02 and (found - wanted).abs().max() < 1e-4
 
 
 def test_inpainting_with_nine_channels_paints_the_same_and_back_again(tmp_path):
@@ -73,7 +73,7 @@ def test_inpainting_with_nine_channels_paints_the_same_and_back_again(tmp_path):
     wanted = theirs(CAPTIONS, image=images, mask_image=mask, masked_image_latents=known, **options).images * 2 - 1
     found = ours.inpaint(images, mask, CAPTIONS, steps=8, guidance=5.0, sampler="ddim", seed=3, output="tensor",
                          progress=False)
-    assert found.std() > 0.02 and (found - wanted).abs().max() <= 2 / 127.5
+    assert found.std() > 0.02 and (found - wanted).abs().max() < 1e-4
     ours.save_pretrained(tmp_path / "back")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "back")
     assert isinstance(again, diffusers.StableDiffusionInpaintPipeline)
@@ -229,4 +229,4 @@ def test_pictures_of_ours_go_in_as_pil(tmp_path):
     _, ours = made_by_diffusers(tmp_path)
     tensors = ours.img2img(pictures(1), "pizza", steps=4, output="tensor", progress=False)
     painted = ours.img2img(to_pil(pictures(1)), "pizza", steps=4, output="tensor", progress=False)
-    assert (tensors - painted).abs().max() < 0.05
+    assert (tensors - painted).abs().max() < 0.02

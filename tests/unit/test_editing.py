@@ -68,7 +68,7 @@ def test_strength_decides_how_much_of_a_picture_stays(tiny, picture):
 def test_img2img_from_pure_noise_on_a_silent_schedule_is_painting(painter, picture):
     painter.schedule = painter.schedule.scaled_linear().zero_terminal_snr()
     assert torch.allclose(painter.img2img(picture, CAPTION, strength=1.0, seed=4, **FAST),
-                          painter(CAPTION, seed=4, **FAST), atol=1e-3)
+                          painter(CAPTION, seed=4, **FAST), atol=1e-4)
 
 
 def test_several_pictures_and_captions(tiny, picture):
@@ -112,7 +112,7 @@ def test_what_the_mask_keeps_is_kept(tiny, picture):
     states = []
     images = tiny.inpaint(picture, half_mask(), "pizza", on_step=lambda i, x, answer: states.append(x), **FAST)
     known = tiny.encode(from_pil(picture))
-    assert torch.allclose(states[-1][..., :4], known[..., :4], atol=1e-5)
+    assert torch.allclose(states[-1][..., :4], known[..., :4], atol=1e-6)
     assert (states[-1][..., 4:] - known[..., 4:]).abs().mean() > 0.05
     other = tiny.inpaint(picture, half_mask(), "pizza", seed=1, **FAST)
     changed = (other - images).abs().mean((0, 1, 2))
@@ -153,11 +153,11 @@ def test_an_inverted_picture_is_painted_again():
     image = emoji(CAPTION, steps=10, output="tensor", progress=False)
     options = {"steps": 20, "guidance": 1.0}
     noise = emoji.invert(image, CAPTION, corrections=2, **options)
-    assert abs(noise.std() - 1) < 0.15
+    assert abs(noise.std() - 1) < 0.1
     again = emoji(CAPTION, latents=noise, sampler="ddim", output="tensor", progress=False, **options)
     other = emoji(CAPTION, seed=5, sampler="ddim", output="tensor", progress=False, **options)
     target = emoji.decode(emoji.encode(image))
-    assert (again - target).abs().mean() < 0.05 < (other - target).abs().mean()
+    assert (again - target).abs().mean() < 0.01 and (other - target).abs().mean() > 0.05
 
 
 def test_tokens_find_their_partners():
@@ -171,9 +171,9 @@ def test_the_second_caption_looks_where_the_first_looks(tiny):
     free = edit_words(tiny, CAPTION, "red heart, 3d style", seed=3, share=0.0, **FAST)
     assert torch.allclose(both[:1], alone, atol=1e-4)
     assert torch.allclose(free[1:], tiny("red heart, 3d style", seed=3, **FAST), atol=1e-4)
-    assert (both[1] - free[1]).abs().mean() > 1e-4
+    assert (both[1] - free[1]).abs().mean() > 0.005
     same = edit_words(tiny, CAPTION, CAPTION, share=1.0, **FAST)
-    assert torch.allclose(same[0], same[1], atol=1e-4)
+    assert torch.allclose(same[0], same[1], atol=1e-6)
     assert not any(module._forward_hooks for module in tiny.unet.modules())
 
 
@@ -309,7 +309,7 @@ def test_a_lora_learns(painter, picture):
     untrained = error()
     lora = train_lora(painter, [picture], ["pizza"], steps=30, batch=4, progress=False)
     trained = error()
-    assert trained < 0.97 * untrained
+    assert trained < 0.95 * untrained
     lora.detach()
     assert error() == pytest.approx(untrained)
     assert all(torch.equal(p, before[name]) for name, p in painter.unet.state_dict().items())

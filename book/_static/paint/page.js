@@ -37,6 +37,22 @@
       film.append(frame);
     }
 
+    /** Put the similarity beside those of real pictures: how many it beats. */
+    function showFit({ similarity, own, others }) {
+      const low = Math.min(others[0], own[0], similarity), high = Math.max(others[100], own[100], similarity);
+      const place = (value) => `${(100 * (value - low)) / (high - low)}%`;
+      const beaten = (percentiles) => Math.max(0, percentiles.filter((value) => value < similarity).length - 1);
+      for (const [name, percentiles] of Object.entries({ others, own })) {
+        const band = part(`fit-${name}`);
+        band.style.left = place(percentiles[5]);
+        band.style.width = `calc(${place(percentiles[95])} - ${place(percentiles[5])})`;
+      }
+      part("fit-here").style.left = place(similarity);
+      part("fit-says").textContent = `Similarity ${similarity.toFixed(3)}. That beats ${beaten(others)} % of real pictures with the `
+        + `caption of another, and ${beaten(own)} % with their own.`;
+      part("fit-scale").hidden = false;
+    }
+
     let worker = null, began = 0, steps = 0;
 
     function hear({ data }) {
@@ -48,8 +64,17 @@
         addToFilm(data.picture, data.step);
         bar.value = data.step / steps;
         say(`Step ${data.step} of ${steps}`);
+      } else if (data.similarity !== undefined) {
+        part("go").disabled = false;
+        say("");
+        showFit(data);
+        root.dataset.state = "judged";
       } else {
         part("go").disabled = false;
+        if (data.meter) {
+          part("fit").hidden = part("judge").disabled = false;
+          part("judge").textContent = `How well does it fit? (loads ${Math.ceil(data.meter / 1e6)} MB once)`;
+        }
         const seconds = ((performance.now() - began) / 1000).toFixed(1);
         say(data.error ? `That went wrong: ${data.error}. Reload the page to try again.` : `Painted in ${seconds} seconds.`);
         root.dataset.state = data.error ? "failed" : "done";
@@ -66,8 +91,14 @@
         worker.onerror = (error) => hear({ data: { error: error.message || "the worker could not start" } });
       }
       film.replaceChildren();
+      part("fit").hidden = part("fit-scale").hidden = true;
+      part("fit-says").textContent = "";
       [root.dataset.state, part("go").disabled, began, steps] = ["busy", true, performance.now(), Number(part("steps").value)];
       worker.postMessage({ caption, steps, seed: Number(part("seed").value), guidance: Number(part("guidance").value) });
+    });
+    part("judge").addEventListener("click", () => {
+      [root.dataset.state, part("go").disabled, part("judge").disabled] = ["busy", true, true];
+      worker.postMessage({ judge: true });
     });
     root.querySelectorAll(".paint-idea").forEach((idea) => idea.addEventListener("click", () => {
       part("caption").value = idea.textContent;

@@ -158,6 +158,21 @@ export class Painter {
     return this.run("decoder", { z: [latent, 1, ...this.facts.latent] });
   }
 
+  /** How well a picture fits a caption, by the miniature CLIP (chapter 14), which is loaded when it is first asked. */
+  async similarity(picture, caption, folder, onProgress = () => {}) {
+    if (!this.clip) {
+      let arrived = 0;
+      const bytes = await fetchBytes(`${folder}/clip.onnx`, (count) => onProgress((arrived += count) / this.facts.meter.size));
+      this.clip = await this.ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+    }
+    const [channels, side] = [3, Math.sqrt(picture.length / 3)];
+    const [found] = await this.run("clip", {
+      image: [picture.map((x) => Math.min(1, Math.max(-1, x))), 1, channels, side, side],
+      ids: [BigInt64Array.from(this.tokenizer.encode(caption), BigInt), 1, this.tokenizer.length],
+    });
+    return found;
+  }
+
   /** The guided guess of the clean latent at time t (classifier-free guidance, chapter 05). */
   async guess(x, t, context, guidance) {
     const { latent, alpha, sigma, prediction } = this.facts, size = x.length;
