@@ -30,7 +30,7 @@ STOPS = 50  # the times between which the student must agree with itself
 def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path, limit: int | None = None) -> None:
     painter = StableDiffusion.from_pretrained(SHIPPED).to(device)
     painter.unet.requires_grad_(False)
-    data, schedule, unseen = emoji("train"), painter.schedule, emoji("validation").captions[:64]
+    data, schedule, unseen = emoji("train"), painter.schedule, emoji("validation").captions[:limit or 64]
     images, captions = data.images(range(limit) if limit else None), data.captions[:limit]
     latents = latents_of(painter, images)
     pictures = StackDataset(x0=latents, ids=painter.tokenizer(captions))
