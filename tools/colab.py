@@ -50,9 +50,12 @@ def build_wheel(folder):
 
 
 def constraints():
-    """Return Colab's versions as pip constraints, without what belongs to one build of PyTorch for one GPU."""
+    """Return Colab's versions as pip constraints, without what belongs to PyTorch's build for a GPU.
+
+    And without tifffile, whose version there needs a newer Python than the oldest that this book runs on.
+    """
     lines = re.findall(r"^([\w.-]+==[^\s+]+)", (ROOT / "tests/data/colab-pip-freeze.gpu.txt").read_text(), re.MULTILINE)
-    return "\n".join(line for line in lines if not re.match(r"nvidia-|cuda-|triton", line)) + "\n"
+    return "\n".join(line for line in lines if not re.match(r"nvidia-|cuda-|triton|tifffile", line)) + "\n"
 
 
 def make_environment():

@@ -92,7 +92,7 @@ def test_api_page_lists_every_public_name(root, book, pages):
 def test_api_page_links_to_the_cell_that_builds_each_name(root, book, pages, chapters):
     linked = {link["href"] for link in pages[book.html / "book" / "api.html"].select("dl.py dd a.reference.internal")}
     for name in notebooks(root, chapters):
-        for cell in pages[book.html / f"{name}.html"].select("[id^='built-']"):
+        for cell in pages[book.html / f"{name}.html"].select("div.cell_input.exported"):
             code = cell.select_one("pre").get_text()
             module = cell.select_one("p.exported-to").get_text().rpartition(".")[2]
             for public in public_names(code):
