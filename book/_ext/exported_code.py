@@ -84,13 +84,18 @@ def mark_exported_cells(app, doctree):
             cell.parent.remove(cell)
 
 
+def label(name):
+    """Return the label of a name; Sphinx makes labels lower-case, and `Film` is not `film`."""
+    return re.sub("([A-Z])", r"^\1", name).lower()
+
+
 def label_what_is_built(app, cell, module, code):
     """Give each name that the cell exports a label at the cell, for the links from the API page."""
     labels = app.env.get_domain("std").anonlabels
     for name in public_names(code):
         anchor = f"built-{module}-{name}"
         cell["ids"].append(anchor)
-        labels[f"{PACKAGE}.{module}.{name}".lower()] = app.env.docname, anchor
+        labels[label(f"{PACKAGE}.{module}.{name}")] = app.env.docname, anchor
 
 
 def link_to_chapter(app, name, text):
@@ -98,7 +103,7 @@ def link_to_chapter(app, name, text):
     pages = {f"book/{path.stem}" for path in modules(Path(app.srcdir) / "book").get(name.split(".")[1], [])}
     if not pages <= app.env.found_docs:
         return text  # a chapter that isn't part of the book yet
-    return re.sub(r"Defined in\s+(chapter \w+)", rf":ref:`Defined in \1 <{name.lower()}>`", text)
+    return re.sub(r"Defined in\s+(chapter \w+)", rf":ref:`Defined in \1 <{label(name)}>`", text)
 
 
 def write_api_page(app, docname, source):
