@@ -8,13 +8,15 @@ CHAPTERS := $(sort $(wildcard book/*.ipynb))
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with nbval_sanitize.cfg
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help book test gpu export outputs repository clean
+.PHONY: help book pdf test gpu colab export outputs repository clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make book                    build the book; the last line names the file to open"
+	@echo "make pdf                     the book as one PDF; needs LaTeX (latexmk, xelatex)"
 	@echo "make test                    run all tests"
 	@echo "make gpu                     run every chapter and the GPU tests on a CUDA device"
+	@echo "make colab                   run every chapter alone, in the versions that Colab has"
 	@echo "make export                  write diffusionbook/*.py from the chapters"
 	@echo "make outputs CHAPTER=book/04_noise_schedules.ipynb"
 	@echo "                             export, run one chapter and store what it printed"
@@ -47,6 +49,12 @@ book: $(VENV)/.book-is-installed
 	@echo "The book is built. Open this file in a browser:"
 	@echo "$(CURDIR)/_build/html/index.html"
 
+pdf: $(VENV)/.book-is-installed
+	@for tool in latexmk xelatex; do command -v $$tool >/dev/null || { echo "make pdf needs LaTeX, and $$tool is missing:" \
+	  "sudo apt install latexmk texlive-xetex texlive-latex-extra texlive-fonts-extra"; exit 2; }; done
+	$(VENV)/bin/jupyter-book build . --builder pdflatex
+	@ls $(CURDIR)/_build/latex/*.pdf
+
 # --- the tests ---------------------------------------------------------------------------------
 test: $(VENV)/.tests-are-installed
 	@# a process for each core, four at most, since a chapter may take a gigabyte; each with one thread, file by file
@@ -56,6 +64,9 @@ gpu: $(VENV)/.tests-are-installed
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device; PyTorch finds none.')"
 	$(PY) -m pytest -m gpu tests
 	$(PY) -m pytest $(NBVAL) $(CHAPTERS)
+
+colab: $(VENV)/.tests-are-installed
+	$(PY) tools/colab.py
 
 # --- changing a chapter ------------------------------------------------------------------------
 export: $(VENV)/.tests-are-installed

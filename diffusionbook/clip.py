@@ -422,7 +422,8 @@ class CLIP(Model):
 def retrieval(image_embeddings: Tensor, text_embeddings: Tensor, *, k: tuple[int, ...] = (1, 5)) -> dict[str, float]:
     """How often the right partner is among the k most similar: R@k both ways, for embeddings (N, D) in pairs.
 
-    Returns {"image_to_text@1": share, …, "text_to_image@5": share}. A tie counts against. Defined in chapter 14.
+    Returns {"image_to_text@1": share, …, "text_to_image@5": share}. A tie counts against.
+    Raises `ValueError` for unequal shapes. Defined in chapter 14.
     """
     if image_embeddings.shape != text_embeddings.shape or not len(image_embeddings):
         raise ValueError(f"retrieval compares pairs: expected two equal shapes (N, D) with N ≥ 1, got "
@@ -440,7 +441,7 @@ def zero_shot(clip: CLIP, images, classes: dict[str, list[str]]) -> Tensor:
     """The probability (B, classes) of each class, described by one or more texts: no training on these classes.
 
     Every text gets its share by the softmax of scaled cosine similarities, and a class the sum of its texts' shares.
-    images as for `CLIP.score`. Defined in chapter 14.
+    images as for `CLIP.score`. Raises `ValueError` for a class without a text. Defined in chapter 14.
     """
     if not classes or not all(classes.values()):
         raise ValueError("zero_shot needs at least one class, and one text for each")
@@ -480,7 +481,8 @@ def in_chunks(encode, inputs: Tensor, size: int) -> Tensor:
     """`encode(inputs)`, `size` rows at a time, each computed again in the backward pass.
 
     Only the embeddings and one chunk's activations are in memory at a time, so the batch of a contrastive loss can be
-    far larger than what a tower can hold; the gradient is the same. (Gao et al. 2021.) Defined in chapter 14.
+    far larger than what a tower can hold; the gradient is the same. Raises `ValueError` for a size below 1.
+    (Gao et al. 2021.) Defined in chapter 14.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")

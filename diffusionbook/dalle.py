@@ -367,7 +367,7 @@ _FROM_GPT2 = [
 def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A `DalleTransformer`'s state dict in the layout of transformers' `GPT2LMHeadModel`.
 
-    GPT-2 keeps queries, keys and values in one tensor, and every weight of its blocks transposed.
+    GPT-2 keeps queries, keys and values in one tensor (width, 3 · width), and every weight of its blocks transposed.
     Defined in chapter 16.
     """
     stacked = {}

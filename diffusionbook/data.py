@@ -101,7 +101,8 @@ def image_grid(images, *, columns: int | None = None, scale: int = 1, gap: int =
     """Lay pictures out on a white sheet, row by row.
 
     `images` is a tensor (B, 3, H, W) in [-1, 1] or a list of PIL pictures of one size. `columns` defaults to all of
-    them up to 8; `scale` repeats every pixel; `gap` is in unscaled pixels. Defined in chapter 00.
+    them up to 8; `scale` repeats every pixel; `gap` is in unscaled pixels. Raises `ValueError` for no picture.
+    Defined in chapter 00.
     """
     pictures = to_pil(images) if isinstance(images, torch.Tensor) else list(images)
     if not pictures:

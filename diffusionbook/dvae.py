@@ -53,12 +53,12 @@ def uniform_kl(log_probs: Tensor) -> Tensor:
 
 # %% ../book/12_discrete_codes.ipynb #27369c15
 def map_pixels(images: Tensor) -> Tensor:
-    """Images in [-1, 1] → [0.1, 0.9], away from 0 and 1 where a logit is infinite. Defined in chapter 12."""
+    """Images (B, 3, H, W) in [-1, 1] → [0.1, 0.9], far from 0 and 1, which have no logit. Defined in chapter 12."""
     return 0.4 * images + 0.5
 
 
 def unmap_pixels(pixels: Tensor) -> Tensor:
-    """The way back from `map_pixels`, held in [-1, 1]. Defined in chapter 12."""
+    """The way back from `map_pixels`: (B, 3, H, W), held in [-1, 1]. Defined in chapter 12."""
     return ((pixels - 0.5) / 0.4).clamp(-1, 1)
 
 

@@ -377,7 +377,7 @@ def add_word(pipeline: StableDiffusion, word: str, vector: Tensor) -> None:
     """Teach the pipeline's text encoder a word, one run of letters, whose vector (width,) is given.
 
     A file of textual inversion holds such vectors by word. The word is not saved with the pipeline: keep the vector.
-    Defined in chapter 20.
+    Raises `ValueError` for a vector of another width. Defined in chapter 20.
     """
     encoder, table = pipeline.text_encoder, pipeline.text_encoder.embeddings["token_embedding"].weight.detach()
     if vector.shape != table.shape[1:]:

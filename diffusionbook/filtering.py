@@ -196,7 +196,8 @@ def fed_steps(t: float, bound: float) -> list[float]:
 
     bound: the longest step that is stable alone (`max_stable_step`). n steps last up to bound * (n^2 + n) / 3; many
     of them are longer than the bound, and the short ones repair what the long ones blow up. The order matters:
-    Leja order keeps the numbers small all the way. (Grewenig, Weickert & Bruhn 2010.) Defined in chapter 02.
+    Leja order keeps the numbers small all the way. Raises `ValueError` for a bound that is not above 0.
+    (Grewenig, Weickert & Bruhn 2010.) Defined in chapter 02.
 
     >>> [round(tau, 3) for tau in fed_steps(0.5, 0.25)]
     [0.138, 0.362]

@@ -108,7 +108,7 @@ def at_guess(denoise: Denoiser, look: Callable[[Tensor], Tensor]) -> Callable[[T
 
     The result takes (x, t) and can be differentiated through the network, as guidance does. A guess isn't a picture,
     so this is the cheap way: no training on noise, but p(y | guess of x0) for p(y | x_t). (Chung et al. 2023.)
-    Defined in chapter 15.
+    Raises `ValueError` for a guided denoiser. Defined in chapter 15.
     """
     if not isinstance(denoise, Denoiser):
         raise ValueError("at_guess needs the Denoiser itself; guide it afterwards")

@@ -197,7 +197,7 @@ def dct(u: Tensor, axis: int = -1) -> Tensor:
 
 
 def idct(waves: Tensor, axis: int = -1) -> Tensor:
-    """The signal made of given waves: the inverse, and the transpose, of `dct`. Defined in chapter 01."""
+    """The signal made of given waves (any shape): the inverse, and the transpose, of `dct`. Defined in chapter 01."""
     waves, n = waves.movedim(axis, -1), waves.shape[axis]
     imag = torch.cat([torch.zeros_like(waves[..., :1]), -waves.flip(-1)[..., : n // 2]], -1)  # (..., n // 2 + 1)
     half = torch.complex(waves[..., : n // 2 + 1], imag) * _turns(n, waves).reciprocal()

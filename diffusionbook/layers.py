@@ -19,7 +19,8 @@ def sinusoid(t: torch.Tensor, width: int, *, cos_first: bool = True, shift: floa
     """Turn timesteps (B,) into sines and cosines at `width`/2 frequencies from 1 down to 1/10000: (B, width), float32.
 
     Fractional timesteps are welcome. `cos_first=True, shift=0` is Stable Diffusion's dialect, `cos_first=False,
-    shift=1` that of DDPM. (Vaswani et al. 2017, section 3.5.) Defined in chapter 06.
+    shift=1` that of DDPM. Raises `ValueError` for an odd width. (Vaswani et al. 2017, section 3.5.)
+    Defined in chapter 06.
     """
     if width % 2:
         raise ValueError(f"the width of a sinusoidal embedding must be even, got {width}")
@@ -46,7 +47,7 @@ class TimeEmbedding(nn.Module):
 
 # %% ../book/06_blocks.ipynb #4b9a9a28
 def group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
-    """GroupNorm that says what is wrong when the groups don't divide the channels. Defined in chapter 06."""
+    """GroupNorm that raises a clear `ValueError` when the groups don't divide the channels. Defined in chapter 06."""
     if channels % groups:
         raise ValueError(f"{channels} channels can't be split into {groups} groups; choose a divisor of {channels}")
     return nn.GroupNorm(groups, channels, eps=eps)
@@ -68,8 +69,8 @@ class ResidualBlock(nn.Module):
     Without `time_width` the block takes no time vector (the autoencoder's kind). With `scale_shift` the time vector
     multiplies what the second norm says before it adds to it (Nichol & Dhariwal 2021, section 3). `resample` "down"
     or "up" halves or doubles height and width inside the block, on both ways through it (guided diffusion, GLIDE,
-    DALL·E 2). (Ho et al. 2020, appendix B.) Raises `ValueError` for groups that don't divide the channels. Defined in
-    chapter 06.
+    DALL·E 2). (Ho et al. 2020, appendix B.) Raises `ValueError` for groups that don't divide the channels.
+    Defined in chapter 06.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, time_width: int | None = None,

@@ -166,7 +166,7 @@ def snr_ratio(now: Level, then: Level) -> float:
 
 def euler_ancestral(denoise: Denoiser, x: Tensor, times: Times, *, eta: float = 1.0,
                     noise: Noise = torch.randn_like) -> States:
-    """The name under which much software offers `ddim` with eta = 1. Defined in chapter 09."""
+    """The name under which much software offers `ddim` with eta = 1, for x (B, C, H, W). Defined in chapter 09."""
     return ddim(denoise, x, times, eta=eta, noise=noise)
 
 # %% ../book/09_sampling.ipynb #7a348713
@@ -206,7 +206,7 @@ FAINT = -5.1
 
 
 def move(x: Tensor, eps: Tensor, now: Level, then: Level) -> Tensor:
-    """Carry x from one level to another along fixed noise: x / alpha moves straight. Defined in chapter 09."""
+    """Carry x (B, ...) from one level to another along fixed noise: x / alpha moves straight. Defined in chapter 09."""
     scale = then.alpha / now.alpha
     return scale * x + (then.sigma - scale * now.sigma) * eps
 

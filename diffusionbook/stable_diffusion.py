@@ -73,7 +73,7 @@ LDM = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_enco
 
 
 def ldm_unet_config(state: dict) -> UNetConfig:
-    """Read the shape of a U-Net off its tensors in the original names; defined in chapter 19.
+    """Read the shape of a U-Net off its tensors in the original names. Defined in chapter 19.
 
     Heads leave no trace in the tensors: there are 8 on each level of Stable Diffusion 1, and of 64 channels in 2.
     """
@@ -94,7 +94,7 @@ def ldm_unet_config(state: dict) -> UNetConfig:
 
 
 def ldm_vae_config(state: dict) -> VAEConfig:
-    """Read the shape of a VAE off its tensors in the original names; defined in chapter 19."""
+    """Read the shape of a VAE off its tensors in the original names. Defined in chapter 19."""
     block = "encoder.down.{}.block.{}.conv1.weight".format
     levels = sum(block(i, 0) in state for i in range(10))
     return VAEConfig(channels=tuple(len(state[block(i, 0)]) for i in range(levels)),

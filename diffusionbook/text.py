@@ -364,7 +364,8 @@ class GPT2Tokenizer(Tokenizer):
 def gpt2_tokenizer(path=None, *, context_length=1024):
     """GPT-2's tokenizer with its public vocabulary of 50,257 symbols, which ships with this book.
 
-    path: another file of merges (`vocab.bpe`, or gzipped). Defined in chapter 13.
+    path: another file of merges (`vocab.bpe`, or gzipped). Raises `FileNotFoundError` where there is none and
+    `ValueError` for another vocabulary. Defined in chapter 13.
     """
     path = Path(path or Path(str(files("diffusionbook"))) / "data" / "gpt2_merges.txt.gz")
     if not path.exists():

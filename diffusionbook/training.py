@@ -145,7 +145,8 @@ def add_gradients(net: nn.Module, dataset, loss, *, seed: int, step: int, batch:
 
     The batch is cut into `accumulate` parts for each process, and gradients are averaged over the parts of all. Which
     pictures and which noise a part uses follows from `seed`, `step` and the number of the part, so two processes do
-    together what one does with twice as many parts. Arguments as in `train`. Defined in chapter 08.
+    together what one does with twice as many parts. Arguments as in `train`; `weights` (N,) are the pictures' shares.
+    Defined in chapter 08.
     """
     (rank, world), device = _processes(), next(net.parameters()).device
     draw = generator_for(seed, step, 0)

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLLOWERS = ["pyproject.toml", "_config.yml", "*.md", "*.cff", "book/*.md", "book/*.ipynb"]
+FOLLOWERS = ["pyproject.toml", "_config.yml", "*.md", "*.cff", "book/*.md", "book/*.ipynb", "templates/*.ipynb"]
 
 
 def setting(root=ROOT):

@@ -33,19 +33,19 @@ def modules(book):
     return found
 
 
-def first_public_name(code):
-    """Return the first function or class that the exported `code` defines, or None."""
+def public_names(code):
+    """Return the functions and classes that the exported `code` defines for users."""
     try:
         body = ast.parse(code).body
     except SyntaxError:
-        return None
+        return []
     names = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    return next((name for name in names if not name.startswith("_")), None)
+    return [name for name in names if not name.startswith("_")]
 
 
 def sign(app, module, code):
     """Return the line under an exported cell: where its code goes, linked to the API reference."""
-    name = first_public_name(code)
+    name = next(iter(public_names(code)), None)
     if name:
         link = pending_xref(refdomain="py", reftype="obj", reftarget=f"{PACKAGE}.{module}.{name}",
                             refexplicit=True, refwarn=True, refdoc=app.env.docname)
@@ -79,8 +79,31 @@ def mark_exported_cells(app, doctree):
             if export and (target := export[1] or module):
                 source["classes"].append("exported")
                 source += sign(app, target, code)
+                label_what_is_built(app, cell, target, code)
         if not cell.children:
             cell.parent.remove(cell)
+
+
+def label(name):
+    """Return the label of a name; Sphinx makes labels lower-case, and `Film` is not `film`."""
+    return re.sub("([A-Z])", r"^\1", name).lower()
+
+
+def label_what_is_built(app, cell, module, code):
+    """Give each name that the cell exports a label at the cell, for the links from the API page."""
+    labels = app.env.get_domain("std").anonlabels
+    for name in public_names(code):
+        anchor = f"built-{module}-{name}"
+        cell["ids"].append(anchor)
+        labels[label(f"{PACKAGE}.{module}.{name}")] = app.env.docname, anchor
+
+
+def link_to_chapter(app, name, text):
+    """Turn "Defined in chapter 05" in the docstring of `name` into a link to the cell that defines it."""
+    pages = {f"book/{path.stem}" for path in modules(Path(app.srcdir) / "book").get(name.split(".")[1], [])}
+    if not pages <= app.env.found_docs:
+        return text  # a chapter that isn't part of the book yet
+    return re.sub(r"Defined in\s+(chapter \w+)", rf":ref:`Defined in \1 <{label(name)}>`", text)
 
 
 def write_api_page(app, docname, source):
@@ -106,7 +129,8 @@ def read_docstrings_as_plain_text(app, what, name, obj, options, lines):
             return text  # code or mathematics already, or a name to link
         return f"`{text}`" if text.startswith("`") else "\\" + text
     text = re.sub(r"``.+?``|(:\w+:)?`[^`]+`|(?<!\\)[*|]", plain, "\n".join(lines), flags=re.DOTALL)
-    lines[:] = re.sub(r"(`[\w.]+`)(?=\w)", r"\1\\ ", text).split("\n")  # `UNet`s: a link, then a letter
+    text = re.sub(r"(`[\w.]+`)(?=\w)", r"\1\\ ", text)  # `UNet`s: a link, then a letter
+    lines[:] = (link_to_chapter(app, name, text) if name.count(".") == 2 else text).split("\n")
 
 
 def setup(app):

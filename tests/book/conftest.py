@@ -3,9 +3,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import colab
 import export_page
 import pytest
 import torch
@@ -37,19 +41,27 @@ def book(root, tmp_path_factory):
     return SimpleNamespace(html=out / "_build" / "html", log=done.stdout, status=done.returncode, clip=clip)
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves the files of a folder and doesn't print each request."""
+
+    def log_message(self, *arguments):
+        pass
+
+
 @pytest.fixture(scope="session")
-def wheel(root, tmp_path_factory):
-    """The package's wheel, built from a copy so that nothing is left in the project."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    leave_out = shutil.ignore_patterns("__pycache__", "_modidx.py")
-    shutil.copytree(root / "diffusionbook", source / "diffusionbook", ignore=leave_out)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-text"):
-        shutil.copy(root / name, source)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index",
-                    "-w", folder, source], check=True)
-    (path,) = folder.glob("*.whl")
-    return path
+def served(book):
+    """The address of a small server of the built book, two folders deep, as on GitHub Pages."""
+    handler = partial(Quiet, directory=book.html.parents[1])
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/_build/html"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The package's wheel."""
+    return colab.build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,18 @@
 """A chapter alone, as Colab has it: one notebook in an empty folder, the wheel, its dependencies and Jupyter."""
 import json
+import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from importlib import metadata
+from pathlib import Path
 
-import nbformat
+import colab
 import pytest
-from nbclient import NotebookClient
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from run_alone import Run, chapters, run_alone
 
 CHAPTERS = ["00_start_here", "04_noise_schedules"]
 
@@ -74,8 +75,8 @@ def test_wheel_installs_the_command(wheel):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_chapter_runs_alone(root, wheel, tmp_path, monkeypatch, chapter):
-    site, folder = tmp_path / "site", tmp_path / "empty"
+def test_chapter_runs_alone(root, wheel, tmp_path, chapter):
+    site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site,
                     wheel], check=True)
     core = [text for text in metadata.requires("diffusionbook") if "extra ==" not in text]
@@ -83,16 +84,27 @@ def test_chapter_runs_alone(root, wheel, tmp_path, monkeypatch, chapter):
     absent = [module for module, owners in metadata.packages_distributions().items()
               if not {canonicalize_name(owner) for owner in owners} & there]
     (site / "sitecustomize.py").write_text(SITECUSTOMIZE.format(absent=absent))
-    folder.mkdir()
-    shutil.copy(root / "book" / f"{chapter}.ipynb", folder)
-    for name in ("PYTHONPATH", "JUPYTER_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(site))
-
-    notebook = nbformat.read(folder / f"{chapter}.ipynb", as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(LAST_CELL))
-    NotebookClient(notebook, kernel_name="python3", timeout=600,
-                   resources={"metadata": {"path": str(folder)}}).execute()
-    seen = json.loads(re.search(r"\{.*\}", notebook.cells[-1].outputs[-1]["text"])[0])
+    variables = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"}
+    variables["PYTHONPATH"] = str(site)
+    run = run_alone(root / "book" / f"{chapter}.ipynb", environment=variables, last_cell=LAST_CELL, timeout=600)
+    assert not run.error and 0.1e9 < run.memory < 4e9 and run.seconds > 1, run
+    seen = json.loads(re.search(r"\{.*\}", run.answer)[0])
     assert seen["file"] == str(site / "diffusionbook" / "__init__.py")
     assert seen["visible"] == []
+
+
+def test_colab_versions_constrain_what_chapters_need():
+    pins = colab.constraints().split()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins) and len(pins) > 500
+    names = {pin.partition("==")[0] for pin in pins}
+    assert {"torch", "numpy", "diffusers", "transformers", "ipykernel"} <= names
+    assert not any(name.startswith(("nvidia-", "cuda-")) for name in names)
+
+
+def test_colab_table_keeps_the_rows_of_other_chapters(root):
+    lines = {"00_start_here": colab.row(Path("00_start_here.ipynb"), Run(90, 1_260_000_000)),
+             "01_heat": colab.row(Path("01_heat.ipynb"), Run(3, error="KeyError: a|b"))}
+    text = colab.page(lines, "Python 3.13")
+    assert "| `00_start_here` | 1.5 | 1.3 | ran to the end |" in text and r"failed: KeyError: a\|b" in text
+    assert colab.rows(text).items() >= lines.items()
+    assert list(colab.rows(text)) == [path.stem for path in chapters(root)]

@@ -1,15 +1,23 @@
 """The built book: no warning, no dead link, and pages that look right in a browser."""
 import ast
+import gzip
 import json
 import re
+import zipfile
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import repository
 import yaml
 from bs4 import BeautifulSoup
-from exported_code import first_public_name, modules
+from exported_code import modules, public_names
 
+MB = 1024**2
+# What axe-core (tests/data/axe.min.js, MPL-2.0) calls a serious or critical barrier for people who use other senses.
+AXE = """async () => (await axe.run(document, {resultTypes: ["violations"]})).violations
+    .filter(v => ["serious", "critical"].includes(v.impact))
+    .map(v => `${v.help}: ${v.nodes.slice(0, 3).map(n => n.html.slice(0, 200)).join(" ")}`)"""
 
 @pytest.fixture(scope="module")
 def pages(book):
@@ -81,6 +89,17 @@ def test_api_page_lists_every_public_name(root, book, pages):
             assert f"diffusionbook.{module}.{node.name}" in listed
 
 
+def test_api_page_links_to_the_cell_that_builds_each_name(root, book, pages, chapters):
+    linked = {link["href"] for link in pages[book.html / "book" / "api.html"].select("dl.py dd a.reference.internal")}
+    for name in notebooks(root, chapters):
+        for cell in pages[book.html / f"{name}.html"].select("div.cell_input.exported"):
+            code = cell.select_one("pre").get_text()
+            module = cell.select_one("p.exported-to").get_text().rpartition(".")[2]
+            for public in public_names(code):
+                anchor = f"{Path(name).name}.html#built-{module}-{public}"
+                assert anchor in linked, f"the API page has no link to {anchor}"
+
+
 def test_exported_cells_carry_a_sign_and_no_directive(root, book, pages, chapters):
     for name in notebooks(root, chapters):
         page = pages[book.html / f"{name}.html"]
@@ -92,16 +111,15 @@ def test_exported_cells_carry_a_sign_and_no_directive(root, book, pages, chapter
         for cell, sign in zip(exported, signs, strict=True):
             module = re.match(r"#\| export *(\w*)", "".join(cell["source"]))[1] or default[1]
             assert sign.get_text() == f"exported to diffusionbook.{module}"
-            target = first_public_name("".join(cell["source"]))
+            target = next(iter(public_names("".join(cell["source"]))), None)
             anchor = f"diffusionbook.{module}.{target}" if target else f"api-{module.replace('_', '-')}"
             assert sign.a["href"] == f"api.html#{anchor}"
         assert not any("#|" in code.get_text() for code in page.select("div.cell_input"))
 
 
-def test_first_public_name():
-    assert first_public_name("import torch") is None
-    assert first_public_name("def _a(): ...\nclass B: ...\ndef c(): ...") == "B"
-    assert first_public_name("not python") is None
+def test_public_names():
+    assert public_names("import torch") == public_names("not python") == []
+    assert public_names("def _a(): ...\nclass B: ...\ndef c(): ...") == ["B", "c"]
 
 
 def test_glossary_words_carry_their_definition(book, pages, chapters):
@@ -117,11 +135,13 @@ def test_glossary_words_carry_their_definition(book, pages, chapters):
     assert len(seen) > 20
 
 
-def test_every_chapter_opens_in_colab(root, book, pages, chapters):
+def test_every_chapter_opens_in_colab_binder_and_kaggle(root, book, pages, chapters):
     here = repository.owner_and_name(repository.setting())
     for name in notebooks(root, chapters):
-        links = {a["href"] for a in pages[book.html / f"{name}.html"].find_all("a", href=re.compile("colab"))}
-        assert links == {f"https://colab.research.google.com/github/{here}/blob/main/{name}.ipynb"}
+        links = {a["href"] for a in pages[book.html / f"{name}.html"].select(".dropdown-launch-buttons a")}
+        assert links == {f"https://colab.research.google.com/github/{here}/blob/main/{name}.ipynb",
+                         f"https://mybinder.org/v2/gh/{here}/main?urlpath=lab/tree/{name}.ipynb",
+                         f"https://kaggle.com/kernels/welcome?src=https://github.com/{here}/blob/main/{name}.ipynb"}
 
 
 def test_every_picture_has_words(root, book, pages, chapters):
@@ -134,8 +154,9 @@ def test_every_picture_has_words(root, book, pages, chapters):
 # --- what a browser shows ----------------------------------------------------------------------
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
-def test_pages_look_right(book, browser, chapters, width, scheme):
+def test_pages_look_right(root, book, browser, chapters, width, scheme):
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(120_000)
     problems = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -167,4 +188,46 @@ def test_pages_look_right(book, browser, chapters, width, scheme):
         assert (max(seen["ground"]) < 64) if scheme == "dark" else (min(seen["ground"]) > 192)
         if scheme == "dark":
             assert set(seen["figures"]) <= {"rgb(255, 255, 255)"}, f"{name}: a figure without its white card"
+        if width > 1000:
+            page.evaluate((root / "tests" / "data" / "axe.min.js").read_text(encoding="utf-8") + "; null")
+            barriers = page.evaluate(AXE)
+            assert not barriers, f"{name}: {barriers}"
     page.close()
+
+
+def test_a_page_is_light(book, browser, root, chapters):
+    """The page and its pictures in 3 MB; the same with all scripts, styles and fonts, packed as a server sends them."""
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    loaded = set()
+    page.on("request", lambda request: loaded.add(urlsplit(request.url)))
+    for name in notebooks(root, chapters):
+        loaded.clear()
+        page.goto((book.html / f"{name}.html").as_uri())
+        page.evaluate("window.MathJax && MathJax.startup.promise.then(() => null)")
+        files = {Path(unquote(url.path)) for url in loaded if url.scheme == "file"}
+        own = sum(path.stat().st_size for path in files if path.suffix in (".html", ".png", ".webp", ".gif", ".jpg"))
+        assert own <= 3 * MB, f"{name} and its pictures have {own:,} bytes"
+        sent = sum(len(gzip.compress(path.read_bytes(), 6)) for path in files)
+        assert sent <= 3 * MB, f"{name} sends {sent:,} bytes"
+    page.close()
+
+
+def test_book_works_below_any_address(served, browser):
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    missing = []
+    page.on("response", lambda response: missing.append(response.url) if response.status >= 400 else None)
+    for name in ("index", "book/04_noise_schedules", "book/machine", "search"):
+        page.goto(f"{served}/{name}.html", wait_until="networkidle")
+    page.close()
+    assert not missing, missing
+
+
+def test_all_notebooks_in_one_file(root, book, pages, chapters):
+    (link,) = pages[book.html / "book" / "intro.html"].select("article a[href$='.zip']")
+    with zipfile.ZipFile(book.html / "book" / link["href"]) as archive:
+        assert sorted(archive.namelist()) == sorted(f"diffusionbook/{Path(name).name}.ipynb"
+                                                    for name in notebooks(root, chapters))
+        for name in archive.namelist():
+            assert archive.read(name) == (root / "book" / Path(name).name).read_bytes()

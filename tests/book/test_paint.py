@@ -1,9 +1,6 @@
 """The page "Paint": in a browser it paints what Python paints."""
 import json
 import re
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -12,23 +9,6 @@ from diffusionbook.samplers import starting_noise, timesteps
 from diffusionbook.stable_diffusion import StableDiffusion
 
 CAPTION, SEED, STEPS, GUIDANCE = "woman astronaut, dark skin tone, 3d style", 5, 3, 2.5
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """Serves the files of a folder and doesn't print each request."""
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture(scope="module")
-def served(book):
-    """The address of a small server of the built book, below a folder of its own."""
-    handler = partial(Quiet, directory=book.html.parent)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/html"
-        server.shutdown()
 
 
 @pytest.fixture

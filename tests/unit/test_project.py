@@ -1,4 +1,5 @@
 """The project as a whole: notebooks and modules agree, settings agree, and nothing has grown too large."""
+import ast
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import clean_notebooks
+import compute_cards
 import pytest
 import repository
 import torch
@@ -31,7 +33,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HAND_WRITTEN = {"__main__.py"}
 MB = 1024**2
 
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+TEMPLATE = ROOT / "templates" / "chapter.ipynb"
+
+every_notebook = pytest.mark.parametrize("path", [*NOTEBOOKS, TEMPLATE], ids=lambda path: path.name)
 
 
 def cells(path):
@@ -76,6 +80,28 @@ def test_modules_are_what_the_notebooks_give(tmp_path):
 
 def test_every_notebook_exports_to_one_module():
     assert sorted(path for paths in modules(ROOT / "book").values() for path in paths) == NOTEBOOKS
+
+
+def test_every_public_name_is_documented():
+    """Where it is defined, what it is, and for tensors the shapes or ranges; and what raises says so."""
+    poor = []
+    for path in sorted((ROOT / "diffusionbook").glob("[a-z]*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            text, name = ast.get_docstring(node) or "", f"{path.stem}.{node.name}"
+            if not re.search(r"Defined in\s+(chapter \d\d|appendix [A-Z]|the appendix)", text):
+                poor.append(f"{name} doesn't say `Defined in chapter NN`")
+            if len(text.partition("\n")[0]) < 20:
+                poor.append(f"{name}: its first line says too little")
+            if isinstance(node, ast.ClassDef):
+                continue
+            types = [ast.unparse(part.annotation) for part in node.args.args + node.args.kwonlyargs if part.annotation]
+            if {"Tensor", "torch.Tensor"} & set(types) and not re.search(r"[(\[]", text):
+                poor.append(f"{name} takes tensors and doesn't say their shape or range")
+            if any(isinstance(part, ast.Raise) for part in ast.walk(node)) and not re.search("[Rr]aises?", text):
+                poor.append(f"{name} doesn't say what it raises")
+    assert not poor, "\n".join(poor)
 
 
 @pytest.mark.parametrize("arguments", [["."], ["--isolated", "--select", "F821,E9", "diffusionbook"]],
@@ -139,6 +165,37 @@ def test_exercise_stubs_fail_and_solutions_pass(path):
         assert "✗" in printed(cell) and "✓" not in printed(cell), "".join(cell["source"])
     for cell in solutions:
         assert "✓" in printed(cell) and "✗" not in printed(cell), "".join(cell["source"])
+
+
+# --- compute cards -----------------------------------------------------------------------------
+@pytest.mark.parametrize("path", [path for path in [*NOTEBOOKS, TEMPLATE] if path.name != "A_checkpoints.ipynb"],
+                         ids=lambda path: path.name)
+def test_compute_card_has_the_form_that_the_tool_writes(path):
+    parts = compute_cards.card(path)
+    assert compute_cards.CARD.fullmatch(compute_cards.write(**parts)).groupdict() == parts
+
+
+def test_compute_card_is_rewritten_and_what_the_author_says_stays(tmp_path):
+    path = tmp_path / "chapter.ipynb"
+    shutil.copy(TEMPLATE, path)
+    gpu = f", {compute_cards.minutes(31)} on an NVIDIA H100,"
+    compute_cards.update(path, gpu=gpu)
+    compute_cards.update(path, cpu=compute_cards.minutes(61), cores="two CPU cores", memory=" and 1.2 GB of memory")
+    card = ("**Compute card:** at most 1.5 minutes on two CPU cores, 1 minute on an NVIDIA H100, and 1.2 GB of memory, "
+            "everything included.")
+    said = cells(path)[3]["source"]
+    assert card in "".join(said) and "**Needs:**" in "".join(said)
+    before, after = TEMPLATE.read_text(), path.read_text()
+    assert sum(a != b for a, b in zip(before.splitlines(), after.splitlines(), strict=True)) == 1
+    path.write_text(after.replace("Compute card", "Costs"))
+    with pytest.raises(ValueError, match="must hold one compute card, found 0"):
+        compute_cards.card(path)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(3, "half a minute"), (30, "half a minute"), (31, "1 minute"),
+                                                (61, "1.5 minutes"), (120, "2 minutes")])
+def test_minutes_are_rounded_up(seconds, words):
+    assert compute_cards.minutes(seconds) == words
 
 
 @pytest.mark.parametrize("before", ["colab", "old", "twice"])
