@@ -1,6 +1,6 @@
 """Measure chapters and write the numbers into their compute cards.
 
-    make cards                                             (every chapter of book/, on a machine that does nothing else)
+    python tools/compute_cards.py                         (every chapter of book/, on a machine that does nothing else)
     python tools/compute_cards.py book/01_heat.ipynb ...   (some)
     python tools/compute_cards.py --gpu                    (adds the minutes on this machine's GPU, keeps the rest)
 
