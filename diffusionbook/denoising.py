@@ -210,12 +210,15 @@ def diffusion_loss(network: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, *, 
 
 # %% ../book/05_denoising.ipynb #88c0ce0d
 def min_snr(snr: Tensor, *, gamma: float = 5.0) -> Tensor:
-    """Weight of the squared error of x0: SNR, at most gamma. (Hang et al. 2023, section 3.) Defined in chapter 05."""
+    """Weight of the squared error of x0: SNR, at most gamma; of snr's shape. (Hang et al. 2023, section 3.)
+
+    Defined in chapter 05.
+    """
     return snr.clamp(max=gamma)
 
 
 def p2(snr: Tensor, *, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """Weight of the squared error of x0: SNR / (k + SNR)^gamma. (Choi et al. 2022, section 3.)
+    """Weight of the squared error of x0: SNR / (k + SNR)^gamma; of snr's shape. (Choi et al. 2022, section 3.)
 
     Defined in chapter 05.
     """
@@ -223,9 +226,9 @@ def p2(snr: Tensor, *, k: float = 1.0, gamma: float = 1.0) -> Tensor:
 
 
 def edm(snr: Tensor, *, sigma_data: float = 0.5) -> Tensor:
-    """Weight of the squared error of x0: SNR + 1 / sigma_data². (Karras et al. 2022, table 1.) Defined in chapter 05.
+    """Weight of the squared error of x0: SNR + 1 / sigma_data²; of snr's shape. (Karras et al. 2022, table 1.)
 
-    sigma_data: standard deviation of the data; with 1 it is the weight that "v" has anyway.
+    sigma_data: standard deviation of the data; with 1 it is the weight that "v" has anyway. Defined in chapter 05.
     """
     return snr + sigma_data**-2
 

@@ -139,15 +139,15 @@ def _borders(
 
     u: (B, C, *space). Each tensor is (B, 1, *space) with one less along its axis: channels share their borders.
     presmooth 0: each border by its own difference (Perona & Malik 1990). Above: by the gradient of the blurred
-    picture at the two pixels (Catté et al. 1992). room: a list; what is measured is kept
-    there, and written over by the next measurement that is given the same list.
+    picture at the two pixels (Catté et al. 1992).
+    room: a list that keeps the tensors; the next measurement that is given it writes over them (unless presmoothed).
     """
-    room = [] if room is None else room
     if presmooth:
         blurred = heat(u, sigma=presmooth, spacing=h, channel_axis=1, batch_axis=0)
         share = law(_squared_slope(blurred, h) / contrast**2)
         yield from (sum(_neighbours(share, axis)) / (2 * step**2) for axis, step in enumerate(h, start=2))
         return
+    room = [] if room is None else room
     for axis, step in enumerate(h, start=2):
         if len(room) == axis - 2:
             room.append(torch.empty_like(_neighbours(u[:, :1], axis)[0]))
@@ -372,9 +372,9 @@ def _best_times(u: Tensor, h: Sequence[float], noise: float, **options) -> list[
     """Growing times, up to the one at which the estimated error is least. u: (1, C, *space)."""
     if noise == 0:
         return []
-    signs = torch.randint(2, u.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    probe = signs.to(u.device, torch.bfloat16).sub_(0.5).mul_(noise / 5)  # half the memory, and exact enough: +-epsilon
-    signs, room = None, []  # both flows take turns in one room
+    probe = torch.randint(2, u.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    probe = probe.to(u.device, torch.bfloat16).sub_(0.5).mul_(noise / 5)  # half the memory; its size needs few digits
+    room = []  # both flows take turns in it
     first = 0.4 * len(h) * max_stable_step(h)  # a fifth of the squared spacing
     times = [first * 1.1**i for i in range(90)]  # up to a thousand squared spacings, a blur of 45 pixels
     flows = _evolve(u, h, times, room=room, **options), _evolve(u + probe, h, times, room=room, **options)

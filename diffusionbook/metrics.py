@@ -173,8 +173,8 @@ def data_copying(train: Tensor, unseen: Tensor, fake: Tensor, *, features: Calla
 
     0.5 is what honest painting gives, 1 means that the training pictures are recited, less than 0.5 that the painter
     strays from them. Ties count half; the error is that of a Mann–Whitney statistic for equal clouds.
-    All are pictures, or points without `features`. (Meehan et al. 2020, section 3, taken over all of space at once.)
-    Defined in chapter 10.
+    All are pictures (N, 3, H, W), or without `features` points (N, D).
+    (Meehan et al. 2020, section 3, taken over all of space at once.) Defined in chapter 10.
     """
     train = extract(train, features)
     painted, others = (

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from shared import SHIPPED, UNSEEN
 
 from diffusionbook.clip import CLIP, CLIPConfig, contrastive_loss, gather_rows, retrieval, zero_shot
 from diffusionbook.data import STYLES, compose_caption, emoji, pick_device
@@ -22,8 +23,6 @@ from diffusionbook.training import balanced_weights, train
 BATCH = 64  # pictures drawn a step; each brings another of its name and one of its subgroup: 192 pairs
 KEPT = 24  # patches of 64 that are read in the first part; blank ones are the first to go
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone means any pizza
-UNSEEN = ("validation", "object_style", "tone_style")
-SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
 class Neighbours:

@@ -1,15 +1,15 @@
 """Train the miniature DALL·E on the emoji: a transformer over 32 tokens of caption and 16×16 codes.
 
-    python recipes/emoji_dalle.py [--folder runs/emoji_dalle] [--steps 6000] [--out diffusionbook/weights/emoji]
+    python recipes/emoji_dalle.py [--folder runs/emoji_dalle] [--steps 6000] [--ship diffusionbook/weights/emoji]
 
 Needs OUT/dvae, of recipes/emoji_dvae.py, and OUT/tokenizer, of recipes/emoji_stable_diffusion.py. Resumable: the same
 command goes on where it stopped. At the end the weights go to OUT/dalle.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
+from shared import UNSEEN, options
 from torch.utils.data import StackDataset
 
 from diffusionbook.dalle import DallE, DalleConfig, DalleTransformer
@@ -20,8 +20,6 @@ from diffusionbook.training import balanced_weights, mean_loss, train
 
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone gives varied pictures
 WITHOUT_CAPTION = 0.1  # empty captions: classifier-free guidance needs to know what no caption looks like
-UNSEEN = ("validation", "object_style", "tone_style")
-SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
 @torch.no_grad()
@@ -30,11 +28,11 @@ def encode(dvae: DVAE, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([dvae.encode(batch.to(dvae.device)) for batch in images.split(64)]).flatten(1)
 
 
-def main(folder: Path, steps: int, out: Path) -> None:
+def main(folder: Path, steps: int, ship: Path) -> None:
     device = pick_device()
     data = emoji("train")
-    dvae = DVAE.from_pretrained(out / "dvae").to(device)
-    tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
+    dvae = DVAE.from_pretrained(ship / "dvae").to(device)
+    tokenizer = Tokenizer.from_pretrained(ship / "tokenizer")
     captions = {style: tokenizer([compose_caption(a["name"], tone=a["tone"], style=a["style"] if style else None)
                                   for a in data.attributes]) for style in (True, False)}
     pictures = StackDataset(codes=encode(dvae, data.images()), with_style=captions[True], without_style=captions[False])
@@ -60,16 +58,11 @@ def main(folder: Path, steps: int, out: Path) -> None:
                     steps=steps, lr=1e-3, warmup=200, weight_decay=0.05, ema=0.998, folder=folder,
                     bf16=device.type == "cuda", evaluate=lambda: {"validation": unseen_error("validation")})
     average.swap(transformer)
-    transformer.save_pretrained(out / "dalle", dtype=torch.float16)
+    transformer.save_pretrained(ship / "dalle", dtype=torch.float16)
     DallE(dvae=dvae, transformer=transformer, tokenizer=tokenizer)  # raises if they don't belong together
     for split in UNSEEN:
         print(f"{split}: {unseen_error(split):.3f} nats per code")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_dalle"))
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--out", type=Path, default=SHIPPED)
-    given = parser.parse_args()
-    main(given.folder, given.steps, given.out)
+    main(**options(__file__, __doc__, steps=6000))

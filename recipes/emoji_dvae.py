@@ -1,14 +1,14 @@
 """Train the miniature dVAE on the emoji: 64×64 pixels → 16×16 tiles of 1,024 kinds.
 
-    python recipes/emoji_dvae.py [--folder runs/emoji_dvae] [--steps 4000] [--out diffusionbook/weights/emoji]
+    python recipes/emoji_dvae.py [--folder runs/emoji_dvae] [--steps 4000] [--ship diffusionbook/weights/emoji]
 
 Resumable: the same command goes on where it stopped. At the end the weights go to OUT/dvae.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
+from shared import options
 
 from diffusionbook.data import emoji, pick_device
 from diffusionbook.dvae import DVAE, Annealed, DVAEConfig, perplexity
@@ -16,7 +16,6 @@ from diffusionbook.training import balanced_weights, train
 
 BATCH = 32
 KL_WEIGHT = 0.1  # of the bound's: enough to spread the codes, too little to blur them
-SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
 @torch.no_grad()
@@ -30,7 +29,7 @@ def report(dvae: DVAE, images: torch.Tensor) -> dict[str, float]:
             "perplexity": perplexity(torch.cat(codes), dvae.config.codes)}
 
 
-def main(folder: Path, steps: int, out: Path) -> None:
+def main(folder: Path, steps: int, ship: Path) -> None:
     device = pick_device()
     data = emoji("train")
     unseen = emoji("validation").images().to(device)
@@ -40,15 +39,10 @@ def main(folder: Path, steps: int, out: Path) -> None:
                     weights=balanced_weights([a["name"] for a in data.attributes]), folder=folder,
                     bf16=device.type == "cuda", evaluate=lambda: report(net.dvae, unseen))
     average.swap(net)
-    net.dvae.save_pretrained(out / "dvae", dtype=torch.float16)
+    net.dvae.save_pretrained(ship / "dvae", dtype=torch.float16)
     for split in ("validation", "object_style", "tone_style"):
         print(split, report(net.dvae, emoji(split).images().to(device)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_dvae"))
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--out", type=Path, default=SHIPPED)
-    given = parser.parse_args()
-    main(given.folder, given.steps, given.out)
+    main(**options(__file__, __doc__, steps=4000))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from shared import SHIPPED, UNSEEN
 from torch.utils.data import StackDataset
 
 from diffusionbook.data import SPLITS, emoji, pick_device
@@ -20,8 +21,6 @@ from diffusionbook.metrics import Judge, JudgeConfig
 from diffusionbook.training import balanced_weights, has_bf16, train
 
 BATCH = 64
-UNSEEN = ("validation", "object_style", "tone_style")
-SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
 def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -20,7 +20,6 @@ from diffusionbook.data import compose_caption, emoji, pick_device
 from diffusionbook.denoising import Condition, Denoiser, diffusion_loss
 from diffusionbook.prior import DiffusionPrior, PriorConfig, sample_embedding, text_condition
 from diffusionbook.schedules import NoiseSchedule
-from diffusionbook.text import Tokenizer
 from diffusionbook.training import balanced_weights, has_bf16, mean_loss, train
 
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone gives varied pictures
@@ -30,9 +29,7 @@ SCHEDULE = NoiseSchedule.cosine()
 
 def load_clip(device: torch.device) -> CLIP:
     """The miniature CLIP with its tokenizer."""
-    clip = CLIP.from_pretrained(SHIPPED / "clip")
-    clip.tokenizer = clip.tokenizer or Tokenizer.from_pretrained(SHIPPED / "tokenizer")
-    return clip.to(device)
+    return CLIP.from_pretrained(SHIPPED / "clip").to(device)
 
 
 class Captions:

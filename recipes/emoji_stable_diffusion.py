@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from shared import SHIPPED, UNSEEN
 from torch.utils.data import StackDataset
 
 from diffusionbook.autoencoders import VAE
@@ -35,8 +36,6 @@ WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone 
 WITHOUT_CAPTION = 0.1  # empty captions: classifier-free guidance needs to know what no caption looks like
 VIEWS = 4  # how often each picture is encoded: as it is, and moved and scaled a little
 SCHEDULE = NoiseSchedule.cosine()
-UNSEEN = ("validation", "object_style", "tone_style")
-SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
 def moved(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from shared import SHIPPED, UNSEEN
 from torch.utils.data import StackDataset
 
 from diffusionbook.dalle2 import roughened
@@ -26,8 +27,6 @@ from diffusionbook.unet import UNet, UNetConfig
 SMALL, LARGE, CROP = 16, 64, 32
 BATCH = 16
 SCHEDULE = NoiseSchedule.cosine()
-UNSEEN = ("validation", "object_style", "tone_style")
-SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
 def crop(pictures: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ BESIDE = ["ipykernel", "diffusers", "transformers"]  # Colab has them: a kernel,
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 HEAD = """# Every chapter in Colab's versions
 
-Written by `make colab`: each notebook alone in an empty folder, on {cores} CPU cores, with the package's wheel and the
+Written by `make colab`: each notebook alone in an empty folder, CPU cores: {cores}, with the package's wheel and the
 versions that Colab publishes. Last run with {versions}. The minutes are those of the machine
 that ran it, whatever else it was doing.
 
@@ -92,7 +92,7 @@ def page(lines, versions):
     """Write the whole page: the book's order, chapters that never ran at its end."""
     order = [path.stem for path in chapters(ROOT)]
     table = [lines.get(name, f"| `{name}` | | | not run yet |") for name in order]
-    return HEAD.format(cores=os.cpu_count(), versions=versions) + "\n".join(table) + "\n"
+    return HEAD.format(cores=len(os.sched_getaffinity(0)), versions=versions) + "\n".join(table) + "\n"
 
 
 def main():

@@ -1,9 +1,10 @@
-"""Write the miniature Stable Diffusion in the form in which the book's page "Paint" runs it in a browser.
+"""Write the networks of the book's page "Paint" in the form in which it runs them in a browser.
 
     python tools/export_page.py _build/html/_static/paint/models
 
-Each network becomes an ONNX file: weights stored as float16 and widened to float32 when they are loaded. What is not a
-network (vocabulary, schedule, shapes) goes to painter.json.
+They are the miniature Stable Diffusion, and the miniature CLIP for the meter. Each becomes ONNX files: weights stored
+as float16 and widened to float32 when they are loaded. What is not a network (vocabulary, schedule, shapes, the
+meter's scale) goes to painter.json.
 """
 import argparse
 import io
@@ -17,7 +18,6 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from diffusionbook.checkpoints import locate
 from diffusionbook.clip import CLIP
 from diffusionbook.data import emoji
 from diffusionbook.stable_diffusion import StableDiffusion
@@ -61,11 +61,6 @@ def store_as_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def shipped_clip() -> CLIP | None:
-    """The miniature CLIP, if it ships."""
-    return CLIP.from_pretrained("emoji") if (locate("emoji") / "clip").is_dir() else None
-
-
 def scale(clip: CLIP, ids: torch.Tensor, images: torch.Tensor) -> dict[str, list[float]]:
     """How similar real pictures are to their own captions and to those of others: 101 percentiles of each."""
     other = torch.arange(len(ids)).roll(len(ids) // 2)
@@ -88,8 +83,8 @@ def export_meter(clip: CLIP, painter: StableDiffusion, folder: Path) -> dict:
     return {"size": path.stat().st_size, **scale(clip, ids, images)}
 
 
-def export(painter: StableDiffusion, folder: Path, clip: CLIP | None = None) -> None:
-    """Write the networks and `painter.json` into `folder`; with a CLIP, the meter of the page too."""
+def export(painter: StableDiffusion, clip: CLIP, folder: Path) -> None:
+    """Write the painter's networks, the CLIP of the page's meter, and `painter.json` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     unet, encoder, tokenizer = painter.unet.config, painter.text_encoder.config, painter.tokenizer
     latent = (unet.in_channels, unet.sample_size, unet.sample_size)
@@ -111,14 +106,12 @@ def export(painter: StableDiffusion, folder: Path, clip: CLIP | None = None) -> 
         "sizes": sizes, "latent": latent, "prediction": painter.prediction,
         "alpha": painter.schedule.alpha(t).tolist(), "sigma": painter.schedule.sigma(t).tolist(),
         "length": tokenizer.context_length, "pad": tokenizer.pad_id, "vocabulary": tokenizer.vocab,
-        "merges": [" ".join(pair) for pair in tokenizer.merges],
+        "merges": [" ".join(pair) for pair in tokenizer.merges], "meter": export_meter(clip, painter, folder),
     }
-    if clip is not None:
-        facts["meter"] = export_meter(clip, painter, folder)
     (folder / "painter.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    export(StableDiffusion.from_pretrained("emoji"), parser.parse_args().folder, shipped_clip())
+    export(StableDiffusion.from_pretrained("emoji"), CLIP.from_pretrained("emoji"), parser.parse_args().folder)

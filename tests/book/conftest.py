@@ -12,21 +12,14 @@ from types import SimpleNamespace
 import colab
 import export_page
 import pytest
-import torch
 from playwright.sync_api import sync_playwright
 
-from diffusionbook.clip import CLIP, CLIPConfig
+from diffusionbook.clip import CLIP
 from diffusionbook.stable_diffusion import StableDiffusion
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
-
-
-def random_clip():
-    """A CLIP of the miniature's shape that has learned nothing, for where the trained one doesn't ship."""
-    torch.manual_seed(0)
-    return CLIP(CLIPConfig.preset("emoji")).eval()
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +29,8 @@ def book(root, tmp_path_factory):
     command = [Path(sys.executable).with_name("jupyter-book"), "build", root, "--path-output", out,
                "-W", "-n", "--keep-going"]
     done = subprocess.run(command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    clip = export_page.shipped_clip() or random_clip()
-    export_page.export(StableDiffusion.from_pretrained("emoji"), out / "_build/html/_static/paint/models", clip)
+    clip = CLIP.from_pretrained("emoji")
+    export_page.export(StableDiffusion.from_pretrained("emoji"), clip, out / "_build/html/_static/paint/models")
     return SimpleNamespace(html=out / "_build" / "html", log=done.stdout, status=done.returncode, clip=clip)
 
 

@@ -130,12 +130,15 @@ def test_the_schedules_are_pythons(open_figure, recipe, steps, last):
 def test_the_picture_dissolves(open_figure):
     figure, cat = open_figure("schedule"), slider_pictures.pictures()["cat"]
     turn(figure, recipe="linear", last=-1.7, steps=1000)
-    assert "0.0040 %" in says(figure)
+    assert "step 0.004 %" in says(figure)
     likeness = [np.corrcoef(pixels(figure, i).ravel(), cat.ravel())[0, 1] for i in range(6)]
     assert likeness[0] > 0.99 and abs(likeness[5]) < 0.05 and likeness == sorted(likeness, reverse=True)
     turn(figure, steps=100)
     assert "36 %" in says(figure)
     assert np.corrcoef(pixels(figure, 5).ravel(), cat.ravel())[0, 1] > 0.3
+    for last, steps, left in ((-0.7, 1000, "step less than 0.0001 %"), (-3, 10, "step 99 %")):
+        turn(figure, last=last, steps=steps)
+        assert left in says(figure)
     turn(figure, recipe="cosine")
     assert figure.locator("#schedule-last").is_disabled()
 

@@ -71,7 +71,7 @@
         root.dataset.state = "judged";
       } else {
         part("go").disabled = false;
-        if (data.meter) {
+        if (data.done) {
           part("fit").hidden = part("judge").disabled = false;
           part("judge").textContent = `How well does it fit? (loads ${Math.ceil(data.meter / 1e6)} MB once)`;
         }

@@ -25,7 +25,7 @@ self.onmessage = async ({ data }) => {
       last = { caption: data.caption, picture: await painter.decode(guess) };
       self.postMessage({ step, picture: last.picture });
     }
-    self.postMessage({ done: true, meter: painter.facts.meter?.size });
+    self.postMessage({ done: true, meter: painter.facts.meter.size });
   } catch (error) {
     self.postMessage({ error: error.message });
   }

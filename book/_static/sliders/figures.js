@@ -3,7 +3,7 @@
   const { alphaBar, conduction, denoiser, diffuse, gaussian, guided, levels, posterior, psnr, range, LAWS, SAMPLERS } = sliderMaths;
   const { add, element, picture, plot } = sliders;
   const shares = (bytes) => Float64Array.from(bytes, (byte) => byte / 255);
-  const percent = (share) => `${(100 * share).toPrecision(2).replace(/e.*/, "")} %`;
+  const percent = (share) => (share < 1e-6 ? "less than 0.0001 %" : `${Number((100 * share).toPrecision(2))} %`);
   const decimals = (count) => (x) => x.toFixed(count);
   const power = (x) => 10 ** x;
 
