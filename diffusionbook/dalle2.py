@@ -63,7 +63,7 @@ class TextProjectionConfig:
     @classmethod
     def preset(cls, name: str) -> "TextProjectionConfig":
         """Sizes by name: "karlo", the public ones, or "emoji", this book's miniature."""
-        presets = {"karlo": cls(), "emoji": cls(embedding=192, time_width=384, context_width=192)}
+        presets = {"karlo": cls(), "emoji": cls(embedding=192, time_width=256, context_width=192)}
         if name not in presets:
             raise ValueError(f"no text projection named {name!r}; choose one of {', '.join(presets)}")
         return presets[name]

@@ -86,7 +86,7 @@ PRESETS: Mapping[str, dict] = {
         "context_width": 192, "sample_size": 8,
     },
     "emoji-decoder": _GUIDED | {  # GLIDE and DALL·E 2 in miniature: noisy picture, masked picture, mask
-        "channels": (96, 192), "attention": ("added", "added"), "heads": (3, 6), "layers_per_block": 1,
+        "channels": (64, 128), "attention": ("added", "added"), "heads": (2, 4), "layers_per_block": 1,
         "context_width": 192, "in_channels": 7, "sample_size": 16,
     },
     "emoji-upsampler": {  # three quarters of its work is at full size, so few channels there

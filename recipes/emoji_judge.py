@@ -1,11 +1,10 @@
 """Train the judge on the emoji: which name, group, skin tone and style does a picture show?
 
-    python recipes/emoji_judge.py [--folder runs/emoji_judge] [--steps 8000]
+    python recipes/emoji_judge.py [--folder runs/emoji_judge] [--steps 6000]
 
-First on the training split alone, to measure it on pictures that it never saw: half of the steps on pictures of half
-the size, which cost a quarter, then half on whole ones. Then an eighth as long on all real pictures, because the judge
-of painted pictures should know every real one. Resumable: the same command goes on where it stopped. At the end the
-weights go to diffusionbook/weights/emoji/judge.
+First on the training split alone, to measure it on pictures that it never saw. Then an eighth as long on all real
+pictures, because the judge of painted pictures should know every real one. Resumable: the same command goes on where it
+stopped. At the end the weights go to diffusionbook/weights/emoji/judge.
 """
 
 import argparse
@@ -47,18 +46,17 @@ def main(folder: Path, steps: int) -> None:
     attributes = {split: data.attributes for split, data in splits.items()}
     known = {key: {a[key] for a in attributes["train"]} for key in ("name", "group", "tone")}
     config = JudgeConfig(names=tuple(sorted(known["name"])), groups=tuple(sorted(known["group"])),
-                         tones=(None, *sorted(known["tone"] - {None})), patch=2, channels=(64, 128, 256, 256))
+                         tones=(None, *sorted(known["tone"] - {None})))
     torch.manual_seed(0)
-    judge = Judge(config).to(device, memory_format=torch.channels_last)
+    judge = Judge(config).to(device)
 
     def report(*names: str) -> dict[str, float]:
         pictures = torch.cat([images[split] for split in names])
         return judge.report(pictures, [a for split in names for a in attributes[split]])
 
-    def learn(names: tuple[str, ...], size: int, steps: int, lr: float, stage: str) -> None:
-        pictures = F.adaptive_avg_pool2d(torch.cat([images[split] for split in names]), size)
+    def learn(names: tuple[str, ...], steps: int, lr: float, stage: str) -> None:
         described = [a for split in names for a in attributes[split]]
-        data = StackDataset(images=pictures, **judge.labels(described))
+        data = StackDataset(images=torch.cat([images[split] for split in names]), **judge.labels(described))
 
         def loss(judge: Judge, batch: dict, generator: torch.Generator):
             with torch.autocast(batch["images"].device.type, enabled=False):  # a grid is too fine for bfloat16
@@ -70,17 +68,16 @@ def main(folder: Path, steps: int) -> None:
               lr=lr, folder=folder / stage, ema=0.998, bf16=has_bf16(device), every=500, weight_decay=0.05,
               evaluate=lambda: report(*UNSEEN)).swap(judge)
 
-    learn(("train",), 32, steps // 2, 2e-3, "small")
-    learn(("train",), 64, steps // 2, 1e-3, "whole")
+    learn(("train",), steps, 2e-3, "train")
     for split in UNSEEN:
         print(split, {part: f"{share:.3f}" for part, share in report(split).items()})
-    learn(SPLITS, 64, steps // 8, 5e-4, "all")
+    learn(SPLITS, steps // 8, 5e-4, "all")
     judge.eval().save_pretrained(SHIPPED / "judge", dtype=torch.float16)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji_judge"))
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=6000)
     given = parser.parse_args()
     main(given.folder, given.steps)

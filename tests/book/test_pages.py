@@ -144,6 +144,13 @@ def test_every_chapter_opens_in_colab_binder_and_kaggle(root, book, pages, chapt
                          f"https://kaggle.com/kernels/welcome?src=https://github.com/{here}/blob/main/{name}.ipynb"}
 
 
+def test_no_page_gives_a_name_twice(pages):
+    for path, page in pages.items():
+        names = [element["id"] for element in page.find_all(id=True)]
+        twice = {name for name in names if names.count(name) > 1}
+        assert not twice, f"{path.name}: two elements have the id {twice}, so styles and links find the wrong one"
+
+
 def test_every_picture_has_words(root, book, pages, chapters):
     for name in chapters:
         for image in pages[book.html / f"{name}.html"].find("article").find_all("img"):

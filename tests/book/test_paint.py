@@ -60,7 +60,7 @@ def test_the_page_paints_what_python_paints(page, painter):
     for name, value in (("steps", STEPS), ("guidance", GUIDANCE)):
         page.locator(f"[name={name}]").evaluate("(slider, value) => { slider.value = value }", value)
     page.click(".paint-go")
-    page.wait_for_selector("#paint[data-state=done], #paint[data-state=failed]")
+    page.wait_for_selector("#painter[data-state=done], #painter[data-state=failed]")
     assert "Painted in" in page.text_content(".paint-says")
     assert page.locator(".paint-film canvas").count() == STEPS
     shown = page.evaluate("""() => [...document.querySelector(".paint-canvas").getContext("2d")
@@ -77,11 +77,11 @@ def test_the_meter_says_what_clip_says(page, painter, book):
     page.fill("[name=caption]", CAPTION)
     page.locator("[name=steps]").evaluate("(slider) => { slider.value = 1 }")
     page.click(".paint-go")
-    page.wait_for_selector("#paint[data-state=done]")
+    page.wait_for_selector("#painter[data-state=done]")
     assert "clip.onnx" not in loaded
     assert " MB once" in page.text_content(".paint-judge")
     page.click(".paint-judge")
-    page.wait_for_selector("#paint[data-state=judged]")
+    page.wait_for_selector("#painter[data-state=judged]")
     words = page.text_content(".paint-fit-says")
     picture = painter(CAPTION, seed=0, steps=1, output="tensor", progress=False)
     expected = book.clip.score(picture, painter.tokenizer([CAPTION])).item()

@@ -3,7 +3,7 @@
   const home = document.currentScript.src.replace(/[^/]*$/, ""), SIDE = 64;
 
   function start() {
-    const root = document.getElementById("paint");
+    const root = document.getElementById("painter");
     if (!root) return;
     const part = (name) => root.querySelector(`[name=${name}], .paint-${name}`);
     const [form, says, bar, film] = ["form", "says", "bar", "film"].map(part);
