@@ -10,7 +10,7 @@ __all__ = ['OPENAI_MEAN', 'OPENAI_STD', 'OPENAI_CLIP', 'contrastive_loss', 'Visi
 import json
 import math
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -331,6 +331,14 @@ class CLIP(Model):
         if not c.causal or c.eos_id == 2 or ids.device.type == "meta" or ids.ndim != 2 or 0 in ids.shape:
             return ids
         return ids[:, : int((ids == c.eos_id).int().argmax(1).max()) + 1] if (ids == c.eos_id).any(1).all() else ids
+
+    def text_tower(self) -> TextEncoder:
+        """The half that reads, with its projection, as a `TextEncoder` of its own that shares these weights."""
+        with torch.device("meta"):
+            tower = TextEncoder(replace(self.config.text, projection=self.config.projection))
+        state = self.text_model.state_dict() | {"text_projection.weight": self.text_projection.weight.detach()}
+        tower.load_state_dict(state, assign=True)
+        return tower.eval()
 
     def pixels(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] with their colours shifted and scaled as the vision tower expects."""

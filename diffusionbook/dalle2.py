@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODER', 'UPSAMPLER', 'PARTS', 'UPSAMPLING', 'OF_TEXT', 'slerp', 'TextProjectionConfig', 'TextProjection',
-           'enlarged', 'roughened', 'last_step', 'DallE2', 'CaptionOnly', 'resized', 'text_tower', 'save_scheduler',
-           'karlo_parts']
+           'enlarged', 'roughened', 'last_step', 'DallE2', 'CaptionOnly', 'resized', 'save_scheduler', 'karlo_parts']
 
 # %% ../book/18_dalle2.ipynb #4264581d
 import json
@@ -463,21 +462,12 @@ def resized(images: Tensor, side: int) -> Tensor:
     return images if images.shape[2:] == (side, side) else enlarged(images, side).clamp(-1, 1)
 
 
-def text_tower(clip: CLIP) -> TextEncoder:
-    """The text half of a CLIP as a `TextEncoder` with a projection, with the same weights. Defined in chapter 18."""
-    with torch.device("meta"):
-        encoder = TextEncoder(replace(clip.config.text, projection=clip.config.projection))
-    state = {**clip.text_model.state_dict(), "text_projection.weight": clip.text_projection.weight.detach()}
-    encoder.load_state_dict(state, assign=True)
-    return encoder.eval()
-
-
 def _read_clip(folder: Path, dtype: torch.dtype) -> dict:
     """The parts that know language and, if there are any, pictures: text_encoder, tokenizer, clip."""
     if (folder / "clip").is_dir():
         clip = CLIP.from_pretrained(folder / "clip", dtype=dtype)
         tokenizer = clip.tokenizer or Tokenizer.from_pretrained(folder / "tokenizer")
-        return {"text_encoder": text_tower(clip), "tokenizer": tokenizer, "clip": clip}
+        return {"text_encoder": clip.text_tower(), "tokenizer": tokenizer, "clip": clip}
     if not (folder / "text_encoder").is_dir():
         raise FileNotFoundError(f"{folder} has no CLIP: expected a folder clip, or text_encoder, as Karlo has it")
     text_encoder = TextEncoder.from_pretrained(folder / "text_encoder", dtype=dtype)

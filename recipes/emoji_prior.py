@@ -15,7 +15,7 @@ from shared import SHIPPED, UNSEEN, options, report_unseen
 from torch.utils.data import StackDataset
 
 from diffusionbook.clip import CLIP
-from diffusionbook.dalle2 import save_scheduler, text_tower
+from diffusionbook.dalle2 import save_scheduler
 from diffusionbook.data import compose_caption, emoji, pick_device
 from diffusionbook.denoising import Condition, Denoiser, diffusion_loss
 from diffusionbook.prior import DiffusionPrior, PriorConfig, sample_embedding, text_condition
@@ -37,7 +37,7 @@ class Captions:
 
     def __init__(self, clip: CLIP, captions: list[str]):
         self.numbers = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
-        read = partial(text_condition, text_tower(clip), clip.tokenizer)
+        read = partial(text_condition, clip.text_tower(), clip.tokenizer)
         texts = list(self.numbers)
         parts = [read(texts[i:i + 256]).parts() for i in range(0, len(texts), 256)]
         self.parts = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

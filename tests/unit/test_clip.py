@@ -73,6 +73,14 @@ def test_shapes_and_one_text_tower(clip, images):
     assert clip.vision_model(images).shape == (3, 17, 24)
 
 
+def test_the_text_tower_alone_says_the_same(clip):
+    ids, tower = clip.tokenizer(WORDS), clip.text_tower()
+    states, embedding = clip.text_states(ids)
+    assert torch.equal(tower(ids), states) and torch.equal(tower.pooled(states, ids), embedding)
+    shared = {p.data_ptr() for p in clip.parameters()}
+    assert all(p.data_ptr() in shared for p in tower.parameters()) and not tower.training
+
+
 @pytest.mark.parametrize("pad", ["zero", "eos"])
 def test_padding_is_not_read_and_changes_nothing(clip, pad):
     clip.tokenizer = train_bpe(WORDS, 540, context_length=12, pad=pad)

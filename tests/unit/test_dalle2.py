@@ -18,7 +18,6 @@ from diffusionbook.dalle2 import (
     last_step,
     roughened,
     slerp,
-    text_tower,
 )
 from diffusionbook.denoising import Condition, Denoiser
 from diffusionbook.prior import DiffusionPrior, PriorConfig
@@ -56,7 +55,7 @@ def tiny():
                            groups=8, context_width=None, in_channels=6, out_channels=3, residual_resampling=True,
                            sample_size=16)
     return DallE2(
-        text_encoder=text_tower(clip), tokenizer=tokenizer, clip=clip, prior=Denoiser(prior, COSINE, "x0"),
+        text_encoder=clip.text_tower(), tokenizer=tokenizer, clip=clip, prior=Denoiser(prior, COSINE, "x0"),
         text_projection=randomise(TextProjection(TextProjectionConfig(12, 64, 24)), 0.3),
         decoder=Denoiser(randomise(UNet(decoder)), COSINE, "v"), upsampler=Denoiser(randomise(UNet(upsampler)), COSINE))
 
@@ -348,7 +347,7 @@ def test_everything_runs_on_another_device(tiny):
         parts = [type(part)(part.config) for part in (tiny.clip, tiny.prior.network, tiny.text_projection,
                                                       tiny.decoder.network, tiny.upsampler.network)]
     clip, prior, projection, decoder, upsampler = parts
-    pipe = DallE2(text_encoder=text_tower(clip), tokenizer=tiny.tokenizer, prior=Denoiser(prior, COSINE, "x0"),
+    pipe = DallE2(text_encoder=clip.text_tower(), tokenizer=tiny.tokenizer, prior=Denoiser(prior, COSINE, "x0"),
                   text_projection=projection, decoder=Denoiser(decoder, COSINE, "v"), clip=clip,
                   upsampler=Denoiser(upsampler, COSINE), finisher=upsampler)
     painted = pipe(["pizza", "red heart"], **QUICK)
