@@ -51,7 +51,7 @@ book: $(VENV)/.book-is-installed
 
 pdf: $(VENV)/.book-is-installed
 	@for tool in latexmk xelatex; do command -v $$tool >/dev/null || { echo "make pdf needs LaTeX, and $$tool is missing:" \
-	  "sudo apt install latexmk texlive-xetex texlive-latex-extra texlive-fonts-extra"; exit 2; }; done
+	  "sudo apt install latexmk texlive-xetex texlive-latex-extra texlive-fonts-extra fonts-freefont-otf"; exit 2; }; done
 	$(VENV)/bin/jupyter-book build . --builder pdflatex
 	@ls $(CURDIR)/_build/latex/*.pdf
 
