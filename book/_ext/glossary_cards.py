@@ -25,8 +25,8 @@ def card(paragraph):
 
 
 def add_cards(app, doctree, docname):
-    """Wrap every link to a glossary entry together with its card."""
-    if docname == GLOSSARY:
+    """Wrap every link to a glossary entry together with its card, on pages where something can hover."""
+    if docname == GLOSSARY or app.builder.format != "html":
         return
     known = None
     for link in list(doctree.findall(nodes.reference)):
