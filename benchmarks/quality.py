@@ -8,10 +8,9 @@
 The last line measures what guidance costs: precision rises with it and recall, the variety, falls.
 
 All pictures of a run start from the same noises and captions (drawn from the training split), and all are compared with
-the same real pictures, through the judge's features, or, until the judge has weights, through those of the miniature's
-autoencoder: its latent, averaged over 2×2 places. Each result is a line in benchmarks/quality.jsonl, and each batch of
-features a file in runs/quality: what is there already isn't painted again, so a run can be stopped and continued. Ends
-with a table of all lines that belong together.
+the same real pictures, through the judge's features. Each result is a line in benchmarks/quality.jsonl, and each batch
+of features a file in runs/quality: what is there already isn't painted again, so a run can be stopped and continued.
+Ends with a table of all lines that belong together.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from diffusionbook.checkpoints import write_atomically
@@ -39,14 +37,6 @@ def steps_for(sampler: str, calls: int) -> int:
     if sampler in ("heun", "edm"):
         return (calls + 1) // 2  # two a step, one in the last
     return calls - 9 if sampler == "pndm" else calls  # its first three steps take twelve
-
-
-def extractor(pipe: StableDiffusion) -> tuple[str, Callable]:
-    """The judge's features, or the latents' means where there is no judge yet."""
-    try:
-        return "judge", Judge.from_pretrained("emoji").to(pipe.unet.device).eval().features
-    except FileNotFoundError:
-        return "latent", lambda images: F.avg_pool2d(pipe.vae.encode(images).mean, 2).flatten(1)  # (B, 64)
 
 
 @torch.no_grad()
@@ -86,15 +76,15 @@ def main() -> None:
     parser.add_argument("--guidance", nargs="+", type=float, default=[3.0])
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="where features are kept")
     given = parser.parse_args()
-    pipe = StableDiffusion.from_pretrained("emoji").to(pick_device())
-    name, features = extractor(pipe)
+    device = pick_device()
+    pipe = StableDiffusion.from_pretrained("emoji").to(device)
+    features = Judge.from_pretrained("emoji").to(device).features
     data = emoji("train")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     captions = [data.captions[i] for i in order[:given.pictures]]
-    real = extract(data.images(order[given.pictures:3 * given.pictures]).to(pipe.unet.device), features).cpu()
+    real = extract(data.images(order[given.pictures:3 * given.pictures]).to(device), features).cpu()
     rows = [json.loads(line) for line in LOG.read_text(encoding="utf8").splitlines()] if LOG.exists() else []
-    shared = {"pictures": given.pictures, "features": name}
-    known = {(row["guidance"], row["asked"], row["sampler"]) for row in rows if shared.items() <= row.items()}
+    known = {(row["guidance"], row["asked"], row["sampler"]) for row in rows if row["pictures"] == given.pictures}
     for setting in itertools.product(given.guidance, given.calls, given.samplers):
         guidance, asked, sampler = setting
         steps, calls = steps_for(sampler, asked), []
@@ -103,16 +93,16 @@ def main() -> None:
         counter = pipe.unet.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         pipe(captions[:1], sampler=sampler, steps=steps, progress=False)
         counter.remove()
-        folder = given.folder / f"{sampler}-{steps}-guidance-{guidance:g}-{name}"
+        folder = given.folder / f"{sampler}-{steps}-guidance-{guidance:g}"
         painted = paint(pipe, captions, features, folder, sampler=sampler, steps=steps, guidance=guidance)
         score, shares = kid(real, painted), precision_recall(real, painted)
-        row = {"sampler": sampler, "asked": asked, "calls": len(calls), "guidance": guidance, **shared,
-               "kid": score.value, "error": score.error, **shares._asdict()}
+        row = {"sampler": sampler, "asked": asked, "calls": len(calls), "guidance": guidance,
+               "pictures": given.pictures, "kid": score.value, "error": score.error, **shares._asdict()}
         with open(LOG, "a", encoding="utf8") as log:
             log.write(json.dumps(row) + "\n")
         rows.append(row)
         print(f"{sampler:16s} {row['calls']:3d} calls, guidance {guidance:g}: KID {score}", flush=True)
-    table([row for row in rows if shared.items() <= row.items()])
+    table([row for row in rows if row["pictures"] == given.pictures])
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def paint_all(paint: Paint, captions: list[str], *, seed: int = 0) -> tuple[torc
 
 @torch.no_grad()
 def scores(painted: torch.Tensor, real: torch.Tensor, attributes: list[dict], captions: list[str], *, judge: Judge,
-           clip: CLIP | None, train: torch.Tensor) -> dict[str, float]:
+           clip: CLIP, train: torch.Tensor) -> dict[str, float]:
     """What the judge, and CLIP, say of painted pictures beside the real ones of the same captions.
 
     Shares of right answers, each also as a share of what the same judge gives the real pictures; FID and KID in the
@@ -96,10 +96,9 @@ def scores(painted: torch.Tensor, real: torch.Tensor, attributes: list[dict], ca
     found |= {"FID": fid(true, features), "KID": estimate.value, "KID error": estimate.error,
               "nearest training picture": nearest_neighbours(features, train)[0].mean().item(),
               "nearer than real": copied.value, "nearer than real error": copied.error}
-    if clip is not None:
-        for name, images in (("CLIP score", painted), ("CLIP score of real", real)):
-            found[name] = torch.cat([clip.score(images[i:i + BATCH].to(clip.device), captions[i:i + BATCH]).cpu()
-                                     for i in range(0, len(captions), BATCH)]).mean().item()
+    for name, images in (("CLIP score", painted), ("CLIP score of real", real)):
+        found[name] = torch.cat([clip.score(images[i:i + BATCH].to(clip.device), captions[i:i + BATCH]).cpu()
+                                 for i in range(0, len(captions), BATCH)]).mean().item()
     return found
 
 
@@ -115,7 +114,7 @@ def variety(paint: Paint, captions: list[str], judge: Judge) -> dict[str, float]
             sum(number > 1 for number in styles) / len(styles), "distance among seeds": sum(distances) / len(distances)}
 
 
-def measure(paint: Paint, *, pictures: int, judge: Judge, clip: CLIP | None, train: torch.Tensor,
+def measure(paint: Paint, *, pictures: int, judge: Judge, clip: CLIP, train: torch.Tensor,
             kinds: tuple[str, ...] = KINDS) -> dict[str, dict[str, float]]:
     """All scores of one system, for each held-out kind apart, and its variety."""
     results = {}

@@ -7,12 +7,11 @@ pictures, because the judge of painted pictures should know every real one. Resu
 stopped. At the end the weights go to diffusionbook/weights/emoji/judge.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import SHIPPED, UNSEEN
+from shared import UNSEEN, options, report_unseen
 from torch.utils.data import StackDataset
 
 from diffusionbook.data import SPLITS, emoji, pick_device
@@ -39,7 +38,7 @@ def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (mixed + roughness * torch.randn(images.shape, generator=generator).to(images.device)).clamp(-1, 1)
 
 
-def main(folder: Path, steps: int) -> None:
+def main(folder: Path, steps: int, ship: Path) -> None:
     device = pick_device()
     splits = {split: emoji(split) for split in SPLITS}
     images = {split: data.images() for split, data in splits.items()}
@@ -69,15 +68,10 @@ def main(folder: Path, steps: int) -> None:
               evaluate=lambda: report(*UNSEEN)).swap(judge)
 
     learn(("train",), steps, 2e-3, "train")
-    for split in UNSEEN:
-        print(split, {part: f"{share:.3f}" for part, share in report(split).items()})
+    report_unseen(report)
     learn(SPLITS, steps // 8, 5e-4, "all")
-    judge.eval().save_pretrained(SHIPPED / "judge", dtype=torch.float16)
+    judge.eval().save_pretrained(ship / "judge", dtype=torch.float16)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_judge"))
-    parser.add_argument("--steps", type=int, default=6000)
-    given = parser.parse_args()
-    main(given.folder, given.steps)
+    main(**options(__file__, __doc__, steps=6000))

@@ -7,12 +7,11 @@ and serves GLIDE and DALL·E 2 alike. Resumable: the same command goes on where 
 schedule go to diffusionbook/weights/emoji/upsampler.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import SHIPPED, UNSEEN
+from shared import options, report_unseen
 from torch.utils.data import StackDataset
 
 from diffusionbook.dalle2 import roughened
@@ -79,15 +78,9 @@ def main(folder: Path, steps: int, ship: Path) -> None:
                     steps=steps, lr=1e-3, warmup=200, ema=0.998, bf16=has_bf16(device), folder=folder, every=500,
                     evaluate=lambda: report(net, some))
     average.swap(net)
-    save_denoiser(ship, Denoiser(net.eval(), SCHEDULE, "v"), dtype=torch.float16)
-    for split in UNSEEN:
-        print(split, {name: round(value, 3) for name, value in report(net, pictures(split, 64)).items()})
+    save_denoiser(ship / "upsampler", Denoiser(net.eval(), SCHEDULE, "v"), dtype=torch.float16)
+    report_unseen(lambda split: report(net, pictures(split, 64)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_upsampler"))
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--ship", type=Path, default=SHIPPED / "upsampler", help="where the weights go")
-    given = parser.parse_args()
-    main(given.folder, given.steps, given.ship)
+    main(**options(__file__, __doc__, steps=8000))

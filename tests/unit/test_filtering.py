@@ -592,4 +592,4 @@ def test_six_pictures_of_memory_are_enough(size, options):
     with Held() as held:
         held.alive[u.untyped_storage().data_ptr()] = 0  # what is given doesn't count
         diffuse(u, **options)
-    assert 2 * u.nbytes < held.most < 6 * u.nbytes
+    assert 3 * u.nbytes < held.most < 6 * u.nbytes  # the result and the borders along two axes are three

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusionbook.clip import CLIP
 from diffusionbook.data import emoji
 from diffusionbook.metrics import Judge, JudgeConfig, extract
 
@@ -27,7 +28,12 @@ def judge():
     return Judge(JudgeConfig(known["name"], known["group"], known["tone"], channels=(32, 32, 32, 32))).eval()
 
 
-def test_a_copyist_is_as_good_as_the_real_pictures(systems, judge):
+@pytest.fixture(scope="module")
+def clip():
+    return CLIP.from_pretrained("emoji")
+
+
+def test_a_copyist_is_as_good_as_the_real_pictures(systems, judge, clip):
     data = emoji("object_style")
 
     def copy(captions, seed):
@@ -40,11 +46,12 @@ def test_a_copyist_is_as_good_as_the_real_pictures(systems, judge):
         :len(captions)]], seed), captions)
     assert torch.equal(painted, real) and seconds > 0
     train = extract(emoji("train").images(range(50)), judge.features)
-    found = systems.scores(painted, real, attributes, captions, judge=judge, clip=None, train=train)
+    found = systems.scores(painted, real, attributes, captions, judge=judge, clip=clip, train=train)
     assert abs(found["FID"]) < 1e-3 and found["KID"] <= 1e-6 and abs(found["nearer than real"] - 0.5) < 1e-9
     assert all(found[f"{key} / real"] in (1.0, pytest.approx(1.0)) or found[key] == 0 for key in ("style", "group"))
-    white = systems.scores(torch.ones_like(real), real, attributes, captions, judge=judge, clip=None, train=train)
+    white = systems.scores(torch.ones_like(real), real, attributes, captions, judge=judge, clip=clip, train=train)
     assert white["FID"] > found["FID"]
+    assert found["CLIP score"] == found["CLIP score of real"] == white["CLIP score of real"] > white["CLIP score"]
 
 
 def data_caption(attributes):
@@ -52,13 +59,13 @@ def data_caption(attributes):
     return compose_caption(attributes["name"], tone=attributes["tone"], style=attributes["style"])
 
 
-def test_the_whole_measurement_runs(systems, judge):
+def test_the_whole_measurement_runs(systems, judge, clip):
     def noise(captions, seed):
         return torch.cat([torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed + i)) * 2 - 1
                           for i in range(len(captions))])
 
     train = extract(emoji("train").images(range(50)), judge.features)
-    results = systems.measure(noise, pictures=40, judge=judge, clip=None, train=train)
+    results = systems.measure(noise, pictures=40, judge=judge, clip=clip, train=train)
     assert results.keys() == {"tone_style", "object_style", "variety"}
     assert results["variety"]["distance among seeds"] > 0 and results["variety"]["styles in 8 seeds"] >= 1
     assert all(0 <= results["tone_style"][key] <= 1 for key in ("style", "tone", "name in 5"))
