@@ -53,7 +53,7 @@ class DalleConfig:
         """"dalle": the 12 billion parameters of Ramesh et al. (2021, section 2.2); "emoji": the miniature."""
         presets = {
             "dalle": cls(),
-            "emoji": cls(text_vocab=2048, text_length=32, codes=1024, grid=16, width=256, layers=5, heads=8),
+            "emoji": cls(text_vocab=2048, text_length=32, codes=512, grid=8, width=192, layers=5, heads=6),
         }
         if name not in presets:
             raise ValueError(f"no DALL·E preset named {name!r}; choose one of {', '.join(presets)}")
@@ -284,7 +284,7 @@ class DallE:
         self.transformer.to(device)
         return self
 
-    def __call__(self, prompt: str | list[str], *, n: int = 1, seed: int = 0, guidance: float = 1.0,
+    def __call__(self, prompt: str | list[str], *, n: int = 1, seed: int = 0, guidance: float = 3.0,
                  temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, rerank=None,
                  candidates: int | None = None, output: str = "pil",
                  progress: bool = True) -> list[Image.Image] | Tensor:
@@ -311,7 +311,7 @@ class DallE:
         return to_pil(images) if output == "pil" else images
 
     def complete(self, image: Tensor, prompt: str, *, rows: int | None = None, n: int = 1, seed: int = 0,
-                 guidance: float = 1.0, temperature: float = 1.0, top_k: int | None = None,
+                 guidance: float = 3.0, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, output: str = "pil", progress: bool = True) -> list[Image.Image] | Tensor:
         """Keep the first `rows` rows of tiles of a picture (1, 3, H, W), by default half, and write the rest `n` times.
 

@@ -107,8 +107,8 @@ class DVAEConfig:
 
     @classmethod
     def preset(cls, name: str) -> "DVAEConfig":
-        """"openai": the dVAE of DALL·E; "emoji": the miniature, 64×64 pixels → 16×16 tiles."""
-        presets = {"openai": cls(), "emoji": cls(codes=1024, width=64, embedding=64, groups=3, sample_size=64)}
+        """"openai": the dVAE of DALL·E; "emoji": the miniature, 64×64 pixels → 8×8 tiles."""
+        presets = {"openai": cls(), "emoji": cls(codes=512, width=48, embedding=16, blocks=1, sample_size=64)}
         if name not in presets:
             raise ValueError(f"no dVAE preset named {name!r}; choose one of {', '.join(presets)}")
         return presets[name]
@@ -394,6 +394,21 @@ class VQ(DiscreteAutoencoder):
         """The loss of a batch (B, 3, H, W), for `train(vq, pictures, VQ.loss, …)`, and numbers for the log."""
         output, commitment = self(images, generator)
         return restoration_loss(output, images) + 0.25 * commitment, {"commitment": commitment.item()}
+
+    @torch.no_grad()
+    def as_dvae(self) -> DVAE:
+        """The `DVAE` that makes the same choices: the vector e nearest to x is the one with the largest e·x - |e|²/2.
+
+        That is linear in x, so the encoder's last convolution can say it, and the decoder's first can look e up.
+        """
+        state = {key: value for key, value in self.state_dict().items() if key.startswith(("encoder.", "decoder."))}
+        last, first, e = "encoder.blocks.output.conv", "decoder.blocks.input", self.codebook  # e: (codes, embedding)
+        state[f"{last}.b"] = e @ state[f"{last}.b"] - e.square().sum(1) / 2
+        state[f"{last}.w"] = torch.einsum("ke,ecyx->kcyx", e, state[f"{last}.w"])
+        state[f"{first}.w"] = torch.einsum("deyx,ke->dkyx", state[f"{first}.w"], e)
+        dvae = DVAE(self.config).to(e)
+        dvae.load_state_dict(state)
+        return dvae.train(self.training)
 
     @torch.no_grad()
     def _follow(self, features: Tensor, codes: Tensor, generator: torch.Generator | None) -> None:

@@ -1,22 +1,22 @@
-"""Train the miniature DALL·E on the emoji: a transformer over 32 tokens of caption and 16×16 codes.
+"""Train the miniature DALL·E on the emoji: a transformer over 32 tokens of caption and 8×8 codes.
 
-    python recipes/emoji_dalle.py [--folder runs/emoji_dalle] [--steps 6000] [--ship diffusionbook/weights/emoji]
+    python recipes/emoji_dalle.py [--folder runs/emoji_dalle] [--steps 1600]
 
-Needs OUT/dvae, of recipes/emoji_dvae.py, and OUT/tokenizer, of recipes/emoji_stable_diffusion.py. Resumable: the same
-command goes on where it stopped. At the end the weights go to OUT/dalle.
+Needs the dVAE of recipes/emoji_dvae.py and the tokenizer that ships. Resumable: the same command goes on where it
+stopped. At the end the weights go to diffusionbook/weights/emoji/dalle.
 """
 
 from pathlib import Path
 
 import torch
-from shared import UNSEEN, options
+from shared import SHIPPED, UNSEEN, options, report_unseen
 from torch.utils.data import StackDataset
 
 from diffusionbook.dalle import DallE, DalleConfig, DalleTransformer
 from diffusionbook.data import compose_caption, emoji, pick_device
 from diffusionbook.dvae import DVAE
 from diffusionbook.text import Tokenizer
-from diffusionbook.training import balanced_weights, mean_loss, train
+from diffusionbook.training import balanced_weights, has_bf16, mean_loss, train
 
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone gives varied pictures
 WITHOUT_CAPTION = 0.1  # empty captions: classifier-free guidance needs to know what no caption looks like
@@ -32,7 +32,7 @@ def main(folder: Path, steps: int, ship: Path) -> None:
     device = pick_device()
     data = emoji("train")
     dvae = DVAE.from_pretrained(ship / "dvae").to(device)
-    tokenizer = Tokenizer.from_pretrained(ship / "tokenizer")
+    tokenizer = Tokenizer.from_pretrained(SHIPPED / "tokenizer")
     captions = {style: tokenizer([compose_caption(a["name"], tone=a["tone"], style=a["style"] if style else None)
                                   for a in data.attributes]) for style in (True, False)}
     pictures = StackDataset(codes=encode(dvae, data.images()), with_style=captions[True], without_style=captions[False])
@@ -55,14 +55,13 @@ def main(folder: Path, steps: int, ship: Path) -> None:
                          lambda net, batch, generator: net.loss(batch["ids"], batch["codes"])[1]["picture"])
 
     average = train(transformer, pictures, loss, weights=balanced_weights([a["name"] for a in data.attributes]),
-                    steps=steps, lr=1e-3, warmup=200, weight_decay=0.05, ema=0.998, folder=folder,
-                    bf16=device.type == "cuda", evaluate=lambda: {"validation": unseen_error("validation")})
+                    steps=steps, lr=1.5e-3, warmup=200, weight_decay=0.05, batch=32, ema=0.995, folder=folder,
+                    every=250, bf16=has_bf16(device), evaluate=lambda: {"validation": unseen_error("validation")})
     average.swap(transformer)
     transformer.save_pretrained(ship / "dalle", dtype=torch.float16)
     DallE(dvae=dvae, transformer=transformer, tokenizer=tokenizer)  # raises if they don't belong together
-    for split in UNSEEN:
-        print(f"{split}: {unseen_error(split):.3f} nats per code")
+    report_unseen(lambda split: {"nats per code": unseen_error(split)})
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=6000))
+    main(**options(__file__, __doc__, steps=1600))

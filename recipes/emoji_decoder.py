@@ -1,6 +1,6 @@
 """Train the decoder that GLIDE and DALL·E 2 share in miniature: to 16×16 pixels from an embedding, a caption, or both.
 
-    python recipes/emoji_decoder.py [--folder runs/emoji_decoder] [--steps 5000]
+    python recipes/emoji_decoder.py [--folder runs/emoji_decoder] [--steps 4000]
 
 The image embedding is left out a part of the time: without it the same network is GLIDE's. At other times a part of the
 picture is shown, and the network learns to paint the rest. Needs the CLIP of recipes/emoji_clip.py. Resumable: the same
@@ -101,4 +101,4 @@ def main(folder: Path, steps: int, ship: Path, clip: CLIP | None = None) -> dict
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=5000))
+    main(**options(__file__, __doc__, steps=4000))

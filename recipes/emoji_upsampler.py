@@ -1,6 +1,6 @@
 """Train the upsampler of the miniature cascades: a 16×16 picture in, the 64×64 picture out, without words.
 
-    python recipes/emoji_upsampler.py [--folder runs/emoji_upsampler] [--steps 8000]
+    python recipes/emoji_upsampler.py [--folder runs/emoji_upsampler] [--steps 2500]
 
 It learns on random crops of 32×32 pixels, a quarter of the work, and is used on whole pictures. Needs no other weights,
 and serves GLIDE and DALL·E 2 alike. Resumable: the same command goes on where it stopped. At the end network and
@@ -83,4 +83,4 @@ def main(folder: Path, steps: int, ship: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=8000))
+    main(**options(__file__, __doc__, steps=2500))

@@ -1,8 +1,8 @@
-"""Paint the picture of the README, and held-out captions beside the real pictures for the model card.
+"""Paint the pictures of the README and of the first page, and held-out captions beside real pictures for a model card.
 
     python tools/paint_grids.py
 
-Writes book/_static/emoji-grid.png and recipes/emoji_stable_diffusion.png.
+Writes book/_static/emoji-grid.png, book/_static/four-machines.png and recipes/emoji_stable_diffusion.png.
 """
 
 import textwrap
@@ -11,7 +11,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from diffusionbook.dalle import DallE
+from diffusionbook.dalle2 import DallE2
 from diffusionbook.data import emoji
+from diffusionbook.glide import Glide
 from diffusionbook.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +25,9 @@ CAPTIONS = [
                  "sunflower")
     if not (name.startswith("flag") and style == "3d")
 ] + ["man firefighter, dark skin tone, 3d style"]
+MACHINES = {"GLIDE": Glide, "DALL·E": DallE, "DALL·E 2": DallE2, "Stable Diffusion": StableDiffusion}
+COMPARED = ["red heart", "grinning face", "woman firefighter, dark skin tone", "raised hand, light skin tone",
+            "cat face", "man student, medium skin tone", "green book", "pizza"]
 HELD_OUT_ROWS = {"object_style": 2, "tone_style": 2}  # rows of eight captions
 
 
@@ -44,6 +50,20 @@ def paint_captions(painter: StableDiffusion, path: Path) -> None:
     figure.savefig(path)
 
 
+def paint_machines(path: Path) -> None:
+    figure, grid = plt.subplots(len(MACHINES), len(COMPARED), figsize=(8.6, 4.7), dpi=110)
+    for line, (name, machine) in zip(grid, MACHINES.items(), strict=True):
+        for axes, image in zip(line, machine.from_pretrained("emoji")(COMPARED, output="tensor", seed=0), strict=True):
+            show(axes, image)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        line[0].set_ylabel(name, fontsize=8)
+    for axes, caption in zip(grid[-1], COMPARED, strict=True):
+        axes.set_xlabel(textwrap.fill(caption, 17), fontsize=7)
+    figure.subplots_adjust(0.03, 0.09, 0.995, 0.995, wspace=0.06, hspace=0.06)
+    figure.savefig(path)
+
+
 def paint_held_out(painter: StableDiffusion, path: Path) -> None:
     figure, grid = plt.subplots(4, 8, figsize=(12, 5.2), dpi=100)
     rows = iter(grid)
@@ -63,4 +83,5 @@ def paint_held_out(painter: StableDiffusion, path: Path) -> None:
 if __name__ == "__main__":
     model = StableDiffusion.from_pretrained("emoji")
     paint_captions(model, ROOT / "book" / "_static" / "emoji-grid.png")
+    paint_machines(ROOT / "book" / "_static" / "four-machines.png")
     paint_held_out(model, ROOT / "recipes" / "emoji_stable_diffusion.png")

@@ -2,7 +2,8 @@
 
     DIFFUSIONBOOK_FULL_SIZE=1 pytest tests/parity/test_full_size.py
 
-Needs 5 GB of memory and some minutes; both sides share one copy of the weights.
+Needs 5 GB of memory and some minutes; both sides share one copy of the weights. Last run on 26 November 2026, on one
+CPU core with torch 2.13.0, diffusers 0.42.1 and transformers 5.23.0: all five passed in a minute.
 """
 
 import os

@@ -1,0 +1,55 @@
+"""Chapters 15, 16 and 18: the miniatures of GLIDE, DALL·E and DALL·E 2 that ship paint what they are asked for."""
+
+import pytest
+import torch
+
+from diffusionbook.dalle import DallE
+from diffusionbook.dalle2 import DallE2
+from diffusionbook.data import emoji
+from diffusionbook.glide import Glide
+
+QUICK = {DallE: {"top_p": 0.9}, DallE2: {"steps": 8, "prior_steps": 8},
+         Glide: {"steps": 8, "upsampler_steps": 4}}
+QUIET = {"output": "tensor", "progress": False}
+
+
+@pytest.fixture(scope="module", params=list(QUICK))
+def paint(request):
+    pipe = request.param.from_pretrained("emoji")
+    return lambda captions, **options: pipe(captions, **QUICK[request.param], **QUIET, **options)
+
+
+def test_hearts_have_their_colours_and_lie_on_white(paint):
+    red, blue = paint(["red heart", "blue heart"], n=3).unflatten(0, (2, 3))  # (3, 3, 64, 64) each
+    for hearts, colour in ((red, 0), (blue, 2)):
+        middle = hearts[..., 24:40, 24:40].mean((0, 2, 3))
+        assert middle.argmax() == colour and middle[colour] - middle[2 - colour] > 0.7
+        assert hearts[..., -6:, :6].mean() > 0.8
+
+
+def test_skin_has_the_tone_of_the_caption(paint):
+    dark, light = (paint(f"raised hand, {tone} skin tone", n=3)[..., 28:44, 24:40].mean() for tone in ("dark", "light"))
+    assert light - dark > 0.5
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(paint):
+    together, alone = paint(["red heart", "pizza"], seed=3), paint("pizza", seed=4)
+    torch.testing.assert_close(together[1], alone[0], atol=4 / 255, rtol=0)  # 2/255 of a picture's own range
+
+
+def test_the_hole_is_filled_and_the_rest_kept():
+    data = emoji("train")
+    heart, hole = data.images([data.find("red heart, noto style")]), torch.zeros(64, 64, dtype=torch.bool)
+    hole[:, 32:] = True
+    filled = Glide.from_pretrained("emoji").inpaint(heart, hole, "red heart", **QUICK[Glide], **QUIET)
+    torch.testing.assert_close(filled[..., :32], heart[..., :32], atol=1e-5, rtol=0)
+    assert filled[0, 0, 24:40, 34:44].mean() - filled[0, 2, 24:40, 34:44].mean() > 0.7, "the right half isn't red"
+
+
+def test_variations_keep_what_the_picture_shows():
+    data = emoji("train")
+    hearts = [data.images([data.find(f"{colour} heart, noto style")]) for colour in ("red", "blue")]
+    pipe = DallE2.from_pretrained("emoji")
+    red, blue = (pipe.variations(heart, n=2, steps=8, output="tensor")[..., 24:40, 24:40].mean((0, 2, 3))
+                 for heart in hearts)
+    assert red[0] - red[2] > 0.7 and blue[2] - blue[0] > 0.7
