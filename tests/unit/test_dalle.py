@@ -245,8 +245,9 @@ def test_a_completed_picture_keeps_its_upper_rows(pipeline):
     done = pipeline.complete(image, WORDS[0], n=2, seed=7, progress=False, output="tensor")
     assert done.shape == (2, 3, 16, 16) and not torch.allclose(done[0], done[1], atol=0.05)
     start = codes.flatten(1)[:, :8].expand(2, -1)
-    ids = pipeline.tokenizer([WORDS[0]] * 2)
-    expected = sample_codes(pipeline.transformer, ids, start=start, seed=7, progress=False)
+    ids, empty = pipeline.tokenizer([WORDS[0]] * 2), pipeline.tokenizer([""])
+    expected = sample_codes(pipeline.transformer, ids, start=start, unconditional=empty, guidance=3.0, seed=7,
+                            progress=False)
     assert torch.equal(expected[:, :8], start)
     assert torch.allclose(done, pipeline.dvae.decode(expected.unflatten(1, (4, 4))), atol=1e-6)
 
