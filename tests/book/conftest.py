@@ -18,7 +18,7 @@ from diffusionbook.clip import CLIP
 from diffusionbook.stable_diffusion import StableDiffusion
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+QUIET = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 
 
@@ -58,13 +58,19 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def browser():
-    """Headless Chromium: the system's, or the one that `playwright install chromium` fetched."""
+def launch():
+    """A function that starts headless Chromium: the system's, or the one that `playwright install chromium` fetched."""
     with sync_playwright() as playwright:
         path = next(filter(None, map(shutil.which, BROWSERS)), None) or playwright.chromium.executable_path
         if not os.path.exists(path):
             message = "no browser found; install one with: sudo apt install chromium"
             (pytest.fail if os.environ.get("DIFFUSIONBOOK_NEEDS_BROWSER") else pytest.skip)(message)
-        browser = playwright.chromium.launch(executable_path=path, args=QUIET)
-        yield browser
-        browser.close()
+        yield lambda *flags: playwright.chromium.launch(executable_path=path, args=[*QUIET, *flags])
+
+
+@pytest.fixture(scope="session")
+def browser(launch):
+    """Headless Chromium without a graphics processor."""
+    browser = launch("--disable-gpu")
+    yield browser
+    browser.close()

@@ -71,6 +71,23 @@ def test_the_page_paints_what_python_paints(page, painter):
     assert (shown[..., 3] == 255).all()
 
 
+def test_a_graphics_processor_paints_the_same(launch, served, painter):
+    browser = launch("--enable-unsafe-webgpu", "--enable-features=Vulkan", "--use-webgpu-adapter=swiftshader")
+    page = browser.new_page()
+    page.set_default_timeout(600_000)
+    page.goto(f"{served}/book/paint.html")
+    if not page.evaluate("async () => Boolean(await navigator.gpu?.requestAdapter())"):
+        pytest.skip("this Chromium comes without SwiftShader, which plays a graphics processor")
+    shown = in_page(page, """
+        const painter = await m.Painter.load(new URL("../_static/paint", location.href).href, { gpu: true });
+        for await (const { guess } of painter.paint(given[0], { seed: given[1], steps: 1, guidance: given[2] })) {
+          return [...await painter.decode(guess)];
+        }""", CAPTION, SEED, GUIDANCE)
+    browser.close()
+    picture = painter(CAPTION, seed=SEED, steps=1, guidance=GUIDANCE, output="tensor", progress=False)
+    assert np.abs(np.clip(shown, -1, 1) - picture.flatten().numpy()).max() <= 2 / 255  # range [-1, 1]: 1 of 255 steps
+
+
 def test_the_meter_says_what_clip_says(page, painter, book):
     loaded = []
     page.on("request", lambda request: loaded.append(request.url.rpartition("/")[2]))

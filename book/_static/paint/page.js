@@ -76,7 +76,7 @@
           part("judge").textContent = `How well does it fit? (loads ${Math.ceil(data.meter / 1e6)} MB once)`;
         }
         const seconds = ((performance.now() - began) / 1000).toFixed(1);
-        say(data.error ? `That went wrong: ${data.error}. Reload the page to try again.` : `Painted in ${seconds} seconds.`);
+        say(data.error ? `That went wrong: ${data.error}. Reload the page to try again.` : `Painted in ${seconds} seconds${data.gpu ? " on the graphics processor" : ""}.`);
         root.dataset.state = data.error ? "failed" : "done";
       }
     }

@@ -123,20 +123,45 @@ async function fetchBytes(url, onProgress) {
   return new Uint8Array(await new Blob(pieces).arrayBuffer());
 }
 
+/** Unpack gzip, unless the server did so already. */
+async function unpack(bytes) {
+  if (bytes[0] !== 0x1f || bytes[1] !== 0x8b) return bytes;
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+/** ONNX Runtime Web: the build that can use the graphics processor, or the smaller one that can't. */
+async function loadRuntime(folder, gpu) {
+  const ort = await import(`${folder}/ort.${gpu ? "webgpu" : "wasm"}.min.mjs`);
+  const engine = `${folder}/ort-wasm-simd-threaded${gpu ? ".asyncify" : ""}`;
+  ort.env.logLevel = "error";
+  ort.env.wasm.numThreads = 1;  // more threads need headers that plain servers don't send
+  ort.env.wasm.wasmPaths = { mjs: `${engine}.mjs` };
+  ort.env.wasm.wasmBinary = await unpack(await fetchBytes(`${engine}.wasm.gz`, () => {}));
+  return ort;
+}
+
 export class Painter {
-  /** Load the networks from a folder; `onProgress` hears the share that has arrived, from 0 to 1. */
-  static async load(ort, folder, onProgress = () => {}) {
-    const painter = new Painter();
-    painter.ort = ort;
+  /**
+   * Load the runtime from a folder, and the networks from `models` in it, to run on the graphics processor or not.
+   * `onProgress` hears the share of the networks that has arrived, from 0 to 1.
+   */
+  static async load(home, { gpu = false, onProgress = () => {} } = {}) {
+    const painter = new Painter(), folder = `${home}/models`;
+    Object.assign(painter, { folder, gpu, ort: await loadRuntime(home, gpu) });
     painter.facts = await (await fetch(`${folder}/painter.json`)).json();
     painter.tokenizer = new Tokenizer(painter.facts);
     const total = Object.values(painter.facts.sizes).reduce((a, b) => a + b);
     let arrived = 0;
     for (const name of Object.keys(painter.facts.sizes)) {
       const bytes = await fetchBytes(`${folder}/${name}.onnx`, (count) => onProgress((arrived += count) / total));
-      painter[name] = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+      painter[name] = await painter.session(bytes);
     }
     return painter;
+  }
+
+  session(bytes) {
+    return this.ort.InferenceSession.create(bytes, { executionProviders: this.gpu ? ["webgpu", "wasm"] : ["wasm"] });
   }
 
   async run(network, inputs) {
@@ -159,11 +184,11 @@ export class Painter {
   }
 
   /** How well a picture fits a caption, by the miniature CLIP (chapter 14), which is loaded when it is first asked. */
-  async similarity(picture, caption, folder, onProgress = () => {}) {
+  async similarity(picture, caption, onProgress = () => {}) {
     if (!this.clip) {
       let arrived = 0;
-      const bytes = await fetchBytes(`${folder}/clip.onnx`, (count) => onProgress((arrived += count) / this.facts.meter.size));
-      this.clip = await this.ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+      const hear = (count) => onProgress((arrived += count) / this.facts.meter.size);
+      this.clip = await this.session(await fetchBytes(`${this.folder}/clip.onnx`, hear));
     }
     const [channels, side] = [3, Math.sqrt(picture.length / 3)];
     const [found] = await this.run("clip", {
