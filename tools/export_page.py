@@ -71,7 +71,7 @@ def scale(clip: CLIP, ids: torch.Tensor, images: torch.Tensor) -> dict[str, list
 def export_meter(clip: CLIP, painter: StableDiffusion, folder: Path) -> dict:
     """Write the network that says how well a picture fits a caption; return its size and its scale."""
     real = emoji("validation")
-    rows = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:400].tolist()
+    rows = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).tolist()
     ids, images = painter.tokenizer([real.captions[i] for i in rows]), real.images(rows)
 
     def similarity(net, image, ids):
