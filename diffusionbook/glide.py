@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPENAI_BLOCK', 'GLIDE_FILES', 'classifier_guidance', 'guidance_interval', 'clip_guidance', 'at_guess',
            'GlideTextConfig', 'GlideText', 'from_openai_transformer', 'to_openai_transformer', 'load_glide', 'enlarge',
-           'respaced', 'fast27', 'keep_known', 'Glide']
+           'respaced', 'fast27', 'keep_known', 'Glide', 'NoisyImageConfig', 'NoisyImageEncoder']
 
 # %% ../book/15_glide.ipynb #ea74b527
 import importlib
@@ -23,8 +23,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoints import Model, locate, read_json, read_tensors, write_atomically
+from .clip import VisionConfig, VisionEncoder
 from .data import check_images, from_pil, to_pil
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free, to_prediction
+from .layers import TimeEmbedding, sinusoid
 from .samplers import Times, dynamic_threshold, sample, starting_noise, timesteps
 from .schedules import NoiseSchedule
 from .text import GPT2Tokenizer, Tokenizer, TransformerBlock, gpt2_tokenizer
@@ -554,3 +556,60 @@ def _load_part(folder: Path, kind: str, place: str):
     if not module.startswith("diffusionbook."):
         raise ValueError(f"{folder}/glide.json asks for {kind}, which is not a part of diffusionbook")
     return getattr(importlib.import_module(module), name).from_pretrained(folder / place)
+
+# %% ../book/15_glide.ipynb #4a293d2e
+@dataclass(frozen=True)
+class NoisyImageConfig:
+    """The size of a `NoisyImageEncoder`. Defined in chapter 15."""
+
+    vision: VisionConfig
+    projection: int = 192  # numbers per embedding, as many as the CLIP has whose texts it is compared with
+
+    @classmethod
+    def preset(cls, name: str) -> "NoisyImageConfig":
+        """"emoji": for the 16×16 pixels of the miniature GLIDE."""
+        if name != "emoji":
+            raise ValueError(f"unknown preset {name!r}; there is emoji")
+        grey = (0.5, 0.5, 0.5)  # leaves [-1, 1] alone
+        return cls(VisionConfig(image_size=16, patch=2, width=96, layers=3, heads=3, activation="gelu", mean=grey,
+                                std=grey))
+
+    @classmethod
+    def from_config(cls, config: dict) -> "NoisyImageConfig":
+        """Read what `to_config` wrote."""
+        return cls(VisionConfig.from_config(config["vision_config"]), config["projection_dim"])
+
+    def to_config(self) -> dict:
+        """A dict that JSON can hold."""
+        return {"_class_name": "NoisyImageEncoder", "projection_dim": self.projection,
+                "vision_config": self.vision.to_config()}
+
+
+class NoisyImageEncoder(Model):
+    """The image tower of a CLIP for noisy pictures: x_t (B, 3, H, W) at times t (B,) → embeddings (B, D).
+
+    It is trained beside a text tower that is ready, and is what `clip_guidance` asks. (Nichol et al. 2022, section
+    2.4.) Defined in chapter 15.
+    """
+
+    config_class = NoisyImageConfig
+    subfolder = "noisy_clip"
+
+    def __init__(self, config: NoisyImageConfig):
+        super().__init__(config)
+        width = config.vision.width
+        self.vision_model = VisionEncoder(config.vision)
+        self.time_embedding = TimeEmbedding(width, width)
+        self.visual_projection = nn.Linear(width, config.projection, bias=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Embeddings (B, D), not normalised. Raises `ValueError` for pictures of another size."""
+        tower, side = self.vision_model, self.config.vision.image_size
+        if x.shape[1:] != (3, side, side) or len(t) != len(x):
+            raise ValueError(f"this tower reads pictures (B, 3, {side}, {side}) at times (B,), got "
+                             f"{tuple(x.shape)} and {tuple(t.shape)}")
+        time = self.time_embedding(sinusoid(t, self.config.vision.width).to(x.dtype))
+        states = tower.embed(x) + time[:, None]  # (B, 1 + patches, width)
+        for block in tower.encoder["layers"]:
+            states = block(states)
+        return self.visual_projection(tower.pooled(states))  # (B, D)
