@@ -184,7 +184,9 @@ class EmojiDataset(Dataset):
     """Captioned pictures: item `i` is `(image, caption, attributes)`.
 
     The image is a float32 tensor (3, size, size) in [-1, 1], the caption a string, the attributes a dict with
-    `name`, `tone`, `style`, `gender`, `group`, `subgroup`, `tags`, `hexcode` and `split`. Defined in chapter 00.
+    `name`, `tone`, `style`, `gender`, `group`, `subgroup`, `tags`, `hexcode` and `split`. What a picture has not is
+    None, so a `DataLoader` needs to be told how to put items together: `collate_fn=lambda items: list(zip(*items))`.
+    Defined in chapter 00.
     """
 
     def __init__(self, table, *, size: int = 64):

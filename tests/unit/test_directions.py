@@ -108,6 +108,7 @@ def test_gradient_of_the_weights(d):
     ([[float("inf"), 0.0], [0.0, 1.0]], "finite"),
     ([[1.0, 0.9], [0.0, 1.0]], "symmetric; average it with its transpose"),
     ([[1e-6, 0.0], [1e-7, 1e-6]], "symmetric"),
+    ([[1.0, float("nan")], [0.0, 1.0]], "symmetric"),
     ([[1.0]], "shape"),
     ([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], "shape"),
 ])
