@@ -196,6 +196,12 @@ def test_without_the_prior_it_is_glide(tiny):
     assert torch.equal(painted[..., :8], image[..., :8]) and (painted - image)[..., 8:].abs().mean() > 0.1
 
 
+def test_glide_without_parts_of_its_own_is_not_half_saved(tiny, tmp_path):
+    with pytest.raises(ValueError, match="CaptionOnly, can't be saved by itself; save the pipeline"):
+        tiny.without_prior().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_stages_draw_different_noise(tiny):
     seen = {}
     tiny.paint(None, ["pizza"], steps=2, on_step=lambda i, x, answer: seen.setdefault(i, x))
