@@ -373,22 +373,23 @@ class Glide:
         return cls(base=denoise, conditioner=conditioner, upsampler=larger, upsampler_conditioner=words)
 
     @classmethod
-    def from_pretrained(cls, name_or_path) -> "Glide":
+    def from_pretrained(cls, name_or_path, *, dtype: torch.dtype = torch.float32) -> "Glide":
         """Load what `save_pretrained` wrote, public files (`base.pt`, …), or a `DallE2` without its prior.
 
         Raises `FileNotFoundError` for what is missing, `ValueError` for what doesn't fit or was altered.
         """
         folder = locate(name_or_path, "glide")
         if (folder / "glide.json").exists():
-            return cls(**{part: _load_part(folder, *entry) for part, entry in read_json(folder / "glide.json").items()})
+            index = read_json(folder / "glide.json")
+            return cls(**{part: _load_part(folder, *entry, dtype=dtype) for part, entry in index.items()})
         found = {name: path for name, _, _ in GLIDE_FILES.values() for suffix in (".pt", ".safetensors")
                  if (path := folder / f"{name}{suffix}").exists()}
         for base, upsampler in (("base", "upsample"), ("base_inpaint", "upsample_inpaint")):
             if base in found:
-                return cls.from_files(found[base], found.get(upsampler))
+                return cls.from_files(found[base], found.get(upsampler), dtype=dtype)
         if (folder / "decoder").is_dir():  # a DALL·E 2 that was trained to do without its prior, as the miniature is
             cascade = importlib.import_module("diffusionbook.dalle2").DallE2  # of a later chapter
-            return cascade.from_pretrained(folder).without_prior()
+            return cascade.from_pretrained(folder, dtype=dtype).without_prior()
         raise FileNotFoundError(f"{folder} holds no GLIDE: expected glide.json (save_pretrained writes it) or base.pt")
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
@@ -540,11 +541,13 @@ def _shrink(image: Tensor, mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
     return F.avg_pool2d(image, factor), F.max_pool2d(mask.float(), factor) > 0
 
 
-def _load_part(folder: Path, kind: str, place: str):
+def _load_part(folder: Path, kind: str, place: str, *, dtype: torch.dtype):
     """A part of a saved pipeline: a denoiser, or an object of a class in one of this package's modules."""
     if kind == "Denoiser":
-        return load_denoiser(folder / place)[0]
+        denoise, _ = load_denoiser(folder / place)
+        denoise.network.to(dtype)
+        return denoise
     module, _, name = kind.rpartition(".")
     if not module.startswith("diffusionbook."):
         raise ValueError(f"{folder}/glide.json asks for {kind}, which is not a part of diffusionbook")
-    return getattr(importlib.import_module(module), name).from_pretrained(folder / place)
+    return getattr(importlib.import_module(module), name).from_pretrained(folder / place, dtype=dtype)

@@ -449,6 +449,10 @@ def test_saved_and_loaded(pipe, tmp_path):
     assert again.upsampler.schedule.to_config() == pipe.upsampler.schedule.to_config()
     with pytest.raises(FileNotFoundError, match="holds no GLIDE"):
         Glide.from_pretrained(tmp_path / "base")
+    half = Glide.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half.conditioner.tokenizer = half.upsampler_conditioner.tokenizer = Words()
+    parts = (half.base.network, half.upsampler.network, half.conditioner, half.upsampler_conditioner)
+    assert {part.dtype for part in parts} == {torch.bfloat16} and half("pizza", **FAST).dtype == torch.float32
 
 
 def test_a_tokenizer_is_saved_with_the_text_model(tmp_path):
@@ -466,7 +470,7 @@ def test_the_miniature_is_a_dalle2_without_its_prior(pipe, tmp_path, monkeypatch
         def without_prior(self):
             return pipe
 
-    monkeypatch.setattr(dalle2.DallE2, "from_pretrained", lambda folder: asked.append(folder) or Cascade())
+    monkeypatch.setattr(dalle2.DallE2, "from_pretrained", lambda folder, **options: asked.append(folder) or Cascade())
     (tmp_path / "decoder").mkdir()
     assert Glide.from_pretrained(tmp_path) is pipe and asked == [tmp_path]
 
