@@ -145,7 +145,7 @@ def film(images, *, seconds: float = 3.0, scale: int = 1, colors: int = 32) -> F
     return Film(file.getvalue())
 
 # %% ../book/00_start_here.ipynb #ch00-37
-#: The splits of the emoji: two for training, two kinds of held-out combination for judging.
+#: The splits of the emoji: one to train on, one drawn alike to watch it, two kinds of held-out combination.
 SPLITS = ("train", "validation", "object_style", "tone_style")
 STYLES = ("noto", "twemoji", "3d")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -173,7 +173,7 @@ class EmojiDataset(Dataset):
     """Captioned pictures: item `i` is `(image, caption, attributes)`.
 
     The image is a float32 tensor (3, size, size) in [-1, 1], the caption a string, the attributes a dict with
-    `name`, `tone`, `style`, `gender`, `group`, `subgroup`, `tags` and `hexcode`. Defined in chapter 00.
+    `name`, `tone`, `style`, `gender`, `group`, `subgroup`, `tags`, `hexcode` and `split`. Defined in chapter 00.
     """
 
     def __init__(self, table, *, size: int = 64):
