@@ -38,9 +38,14 @@ class DiagonalGaussian:
         return self.mean + torch.exp(self.logvar / 2) * noise
 
     def kl(self) -> torch.Tensor:
-        """KL divergence to the standard normal in nats, summed over the components: (B,)."""
-        mean, logvar = self.mean.float(), self.logvar.float()
+        """KL divergence to the standard normal in nats, summed over the components in float32 at least: (B,)."""
+        mean, logvar = _precise(self.mean), _precise(self.logvar)
         return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+def _precise(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 at least: half precision would lose or overflow a sum of thousands."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def elbo(images: torch.Tensor, restored: torch.Tensor, cloud: DiagonalGaussian, *, sigma: float) -> torch.Tensor:
@@ -53,7 +58,7 @@ def elbo(images: torch.Tensor, restored: torch.Tensor, cloud: DiagonalGaussian, 
     if images.shape != restored.shape or not sigma > 0:
         raise ValueError(f"images and restored must have one shape, and sigma be positive, got {tuple(images.shape)}, "
                          f"{tuple(restored.shape)} and {sigma}")
-    squares = (images - restored).float().square().flatten(1)  # (B, N)
+    squares = _precise(images - restored).square().flatten(1)  # (B, N)
     log_likelihood = -squares.sum(1) / (2 * sigma**2) - squares.shape[1] / 2 * math.log(2 * math.pi * sigma**2)
     return log_likelihood - cloud.kl()
 

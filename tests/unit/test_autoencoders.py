@@ -84,6 +84,14 @@ def test_kl_of_half_precision_does_not_overflow():
     assert cloud.kl().item() == pytest.approx(4 * 0.5 * (300**2 + math.exp(20) - 21), rel=1e-5)
 
 
+def test_kl_and_elbo_keep_the_precision_that_they_are_given():
+    """By finite differences, which float32 is too coarse for."""
+    parts = [torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda mean, logvar: DiagonalGaussian(mean, logvar).kl(), parts[:2])
+    assert torch.autograd.gradcheck(
+        lambda x, mean, logvar: elbo(x, x / 3, DiagonalGaussian(mean, logvar), sigma=0.5), parts)
+
+
 def test_logvar_is_held_in_bounds():
     cloud = DiagonalGaussian(torch.zeros(3), torch.tensor([-1e9, 0.5, 1e9]))
     assert cloud.logvar.tolist() == [-30, 0.5, 20]
