@@ -402,7 +402,11 @@ class CLIP(Model):
             if not files:
                 raise FileNotFoundError(f"{folder} has open_clip_config.json, but no open_clip_model.safetensors")
             state = from_openai_clip(read_checkpoint(files[0]))
-            config = CLIPConfig.from_tensors(state, read_json(extra) if extra.exists() else None)
+            try:
+                config = CLIPConfig.from_tensors(state, read_json(extra) if extra.exists() else None)
+            except KeyError as error:
+                raise ValueError(f"{files[0]} holds no CLIP that sees by a vision transformer: it lacks {error}; take "
+                                 "one of the kind ViT, such as ViT-L/14") from error
         else:
             verify(folder)
             config = read_json(folder / "config.json")

@@ -9,6 +9,7 @@ __all__ = ['DECODER', 'UPSAMPLER', 'PARTS', 'UPSAMPLING', 'OF_TEXT', 'slerp', 'T
 # %% ../book/18_dalle2.ipynb #4264581d
 import json
 import math
+import pickle
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -546,8 +547,12 @@ def _read_karlo(folder: Path, dtype: torch.dtype) -> dict:
              for part in ("prior-ckpt", "decoder-ckpt", "improved-sr-ckpt", "ViT-L-14_stats")}
     if missing := [f"{part}*" for part, path in found.items() if path is None]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which Karlo's files contain")
+    try:
+        mean, std = torch.load(found["ViT-L-14_stats"], map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{found['ViT-L-14_stats']} is damaged, or doesn't hold the mean and the deviation of CLIP's "
+                         "embeddings; download it again") from error
     prior, decoder, upsamplers = (read_tensors(path) for path in list(found.values())[:3])
-    mean, std = torch.load(found["ViT-L-14_stats"], map_location="cpu", weights_only=True)
     with torch.device("meta"):
         networks = (DiffusionPrior(PriorConfig.preset("karlo")), TextProjection(TextProjectionConfig.preset("karlo")),
                     *(UNet(UNetConfig.preset(f"dalle2-{part}")) for part in ("decoder", "upsampler", "upsampler")))

@@ -191,8 +191,12 @@ def prompt_film(pipeline: StableDiffusion, captions: list[str], *, frames: int =
                 **options) -> list[Image.Image] | Tensor:
     """Pictures on the way from each caption to the next, `frames` a way, all from the same noise.
 
-    The vectors of the captions are mixed word by word. Defined in chapter 20.
+    The vectors of the captions are mixed word by word. Raises `ValueError` for fewer than two captions or one frame.
+    Defined in chapter 20.
     """
+    if isinstance(captions, str) or len(captions) < 2 or frames < 1:
+        raise ValueError(f"a film needs a list of two captions or more, and a frame on each way, got {captions!r} and "
+                         f"frames={frames}")
     stops = pipeline.encode_text(captions)
     rows = [torch.lerp(a, b, i / frames) for a, b in zip(stops, stops[1:], strict=False) for i in range(frames)]
     context = torch.stack([*rows, stops[-1]])  # (frames · ways + 1, M, width)

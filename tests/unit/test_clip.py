@@ -366,6 +366,9 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no state dict"):
         CLIP.from_pretrained(tmp_path / "bad.pt")
+    save_file({"visual.conv1.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "RN50.safetensors")
+    with pytest.raises(ValueError, match="RN50.safetensors holds no CLIP that sees by a vision transformer"):
+        CLIP.from_pretrained(tmp_path / "RN50.safetensors")
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="open_clip_model.safetensors"):
         CLIP.from_pretrained(tmp_path)

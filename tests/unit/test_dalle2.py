@@ -380,6 +380,10 @@ def test_what_is_missing_is_named(tiny, tmp_path):
     (tmp_path / "prior-ckpt-step=1.ckpt").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="decoder-ckpt"):
         DallE2.from_pretrained(tmp_path)
+    for name in ("decoder-ckpt-step=1.ckpt", "improved-sr-ckpt-step=1.ckpt", "ViT-L-14_stats.th"):
+        (tmp_path / name).write_bytes(b"not a zip")
+    with pytest.raises(ValueError, match="ViT-L-14_stats.th is damaged"):
+        DallE2.from_pretrained(tmp_path)
 
 
 # Another device

@@ -204,6 +204,9 @@ def test_a_film_goes_from_caption_to_caption(tiny):
     assert torch.allclose(film[3:], tiny("pizza", seed=2, **FAST), atol=1e-4)
     steps = (film[1:] - film[:-1]).abs().mean((1, 2, 3))
     assert steps.max() < (film[-1] - film[0]).abs().mean()
+    for captions, frames in (("pizza", 3), (["pizza"], 3), ([CAPTION, "pizza"], 0)):
+        with pytest.raises(ValueError, match="a list of two captions or more"):
+            prompt_film(tiny, captions, frames=frames, **FAST)
 
 
 # LoRA
