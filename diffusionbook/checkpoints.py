@@ -383,9 +383,9 @@ class Model(nn.Module):
         """Put copies of the tensors of a state dict in place, after translating its dialect.
 
         They go where the network is; one on the `meta` device takes the tensors themselves, and lies where they do.
-        Raises `ValueError` on missing or unexpected keys, on another shape, and on values that aren't finite.
+        Raises `ValueError` on missing or unexpected keys, another shape, and values that aren't finite in `dtype`.
         """
-        state = rename(state, self.dialects)
+        state, placed = rename(state, self.dialects), {}
         own = self.state_dict()
         check_keys(own, state, where=where)
         for key, tensor in state.items():
@@ -394,12 +394,12 @@ class Model(nn.Module):
                     f"{where}: {key} has shape {tuple(tensor.shape)}, the config asks for {tuple(own[key].shape)}; "
                     "check that config and weights belong together"
                 )
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{where}: {key} holds NaN or infinity; the file was damaged or training diverged")
-        self.load_state_dict({
-            key: tensor.to(dtype) if own[key].is_meta else tensor.to(own[key].device, dtype, copy=True)
-            for key, tensor in state.items()
-        }, assign=True)
+            place = tensor.device if own[key].is_meta else own[key].device
+            placed[key] = tensor.to(place, dtype, copy=not own[key].is_meta)
+            if not torch.isfinite(placed[key]).all():
+                raise ValueError(f"{where}: {key} holds NaN or infinity as {dtype}; the file was damaged, training "
+                                 "diverged, or the type is too narrow")
+        self.load_state_dict(placed, assign=True)
         return self
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:

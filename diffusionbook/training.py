@@ -344,7 +344,7 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
                     average.swap(net.eval())
                     numbers = numbers | evaluate()
                     average.swap(net.train())
-                row |= {key: float(number) for key, number in numbers.items()}
+                row |= {key: number if isinstance(number, int) else float(number) for key, number in numbers.items()}
                 recent = []
                 if folder and rank == 0:
                     _record(Path(folder), row, net, optimizer, average)

@@ -500,8 +500,9 @@ class UNet(Model):
                 f"got {tuple(x.shape)}"
             )
         count, width = len(x), 4 * config.channels[0]
-        if t.shape != (count,):
-            raise ValueError(f"t must have shape ({count},), one timestep per picture, got {tuple(t.shape)}")
+        if not isinstance(t, torch.Tensor) or t.shape != (count,):
+            got = tuple(t.shape) if isinstance(t, torch.Tensor) else repr(t)
+            raise ValueError(f"t must have shape ({count},), one timestep per picture, got {got}")
         if config.context_width and (context is None or context.ndim != 3 or len(context) != count
                                      or context.shape[2] != config.context_width):
             got = "none" if context is None else tuple(context.shape)

@@ -285,6 +285,16 @@ def test_what_could_not_be_loaded_is_not_saved(saved, value, dtype):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_type_that_is_too_narrow_is_named(saved):
+    model, folder = saved
+    with torch.no_grad():
+        model.layer.bias[0] = 1e6
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="layer.bias holds NaN or infinity as torch.float16"):
+        Small.from_pretrained(folder, dtype=torch.float16)
+    assert Small.from_pretrained(folder, dtype=torch.bfloat16).layer.bias.isfinite().all()
+
+
 def test_two_networks_never_share_weights(saved):
     model, _ = saved
     before = model.layer.weight.detach().clone()

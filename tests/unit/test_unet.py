@@ -138,7 +138,8 @@ def test_other_contexts_are_refused(context, got):
         network(SMALL)(x, t, context)
 
 
-@pytest.mark.parametrize("t", [torch.tensor(3), torch.tensor([3]), torch.tensor([[1], [2]]), torch.arange(3)])
+@pytest.mark.parametrize("t", [3, [3, 4], torch.tensor(3), torch.tensor([3]), torch.tensor([[1], [2]]),
+                               torch.arange(3)])
 def test_other_shapes_of_t_are_refused(t):
     x, _, context = inputs(SMALL)
     with pytest.raises(ValueError, match=r"t must have shape \(2,\), one timestep per picture, got"):
