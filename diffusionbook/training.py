@@ -321,7 +321,7 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = lr * warmup_cosine(step, steps=steps, warmup=warmup)
+                group.update(lr=lr * warmup_cosine(step, steps=steps, warmup=warmup), weight_decay=weight_decay)
             value, numbers = gradients(step=step)
             norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
             value, norm = torch.stack([value, norm]).tolist()

@@ -316,6 +316,15 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
+def test_a_resumed_run_obeys_its_own_options(tmp_path):
+    """Not those that were saved with the optimizer."""
+    weights = []
+    for decay in (0.0, 1.0):
+        run(tmp_path / str(decay), steps=10, weight_decay=0.0)
+        weights.append(run(tmp_path / str(decay), steps=20, weight_decay=decay)[0].layer.weight)
+    assert (weights[0] - weights[1]).abs().max() > 1e-3
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole, whole_average = run(tmp_path / "whole", steps=30)
     calls = 0
