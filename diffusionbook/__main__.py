@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(given: argparse.Namespace) -> None:
     if not given.caption.strip():
         raise ValueError('the caption is empty; say what to paint, such as "red heart, noto style"')
-    _check_writable(given.out)
+    kind = _check_writable(given.out)
+    from diffusionbook.checkpoints import write_atomically
     from diffusionbook.data import image_grid, pick_device
 
     painter = _painter(given.model).to(pick_device())
@@ -63,7 +64,9 @@ def _generate(given: argparse.Namespace) -> None:
     if unknown := wishes.keys() - inspect.signature(type(painter).__call__).parameters.keys():
         raise ValueError(f"the model {given.model} has no --{', --'.join(sorted(unknown))}; leave it out")
     pictures = painter(given.caption, n=given.grid, seed=given.seed, **wishes)
-    image_grid(pictures, columns=max(1, round(len(pictures) ** 0.5))).save(given.out)
+    # a picture alone keeps what it says about its making; a sheet of several says nothing
+    sheet = pictures[0] if len(pictures) == 1 else image_grid(pictures, columns=round(len(pictures) ** 0.5))
+    write_atomically(given.out, lambda path: sheet.save(path, format=kind))
     print(given.out)
 
 
@@ -110,11 +113,12 @@ def _device(wish: str | None):
     return device
 
 
-def _check_writable(path: Path) -> None:
-    """Find out before the work, not after it, whether the picture can be saved."""
+def _check_writable(path: Path) -> str:
+    """Find out before the work, not after it, whether the picture can be saved, and as what kind of file."""
     from PIL import Image
 
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
         raise ValueError(f"{path} doesn't end in a kind of picture; call it {path.stem}.png")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
@@ -125,6 +129,7 @@ def _check_writable(path: Path) -> None:
             path.open("ab").close()
     except OSError as error:
         raise OSError(f"can't write to {path} ({error.strerror or error}); choose another place with --out") from error
+    return kind
 
 
 if __name__ == "__main__":

@@ -38,18 +38,27 @@ class DiagonalGaussian:
         return self.mean + torch.exp(self.logvar / 2) * noise
 
     def kl(self) -> torch.Tensor:
-        """KL divergence to the standard normal in nats, summed over the components: (B,)."""
-        mean, logvar = self.mean.float(), self.logvar.float()
+        """KL divergence to the standard normal in nats, summed over the components in float32 at least: (B,)."""
+        mean, logvar = _precise(self.mean), _precise(self.logvar)
         return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+def _precise(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 at least: half precision would lose or overflow a sum of thousands."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def elbo(images: torch.Tensor, restored: torch.Tensor, cloud: DiagonalGaussian, *, sigma: float) -> torch.Tensor:
     """A lower bound of log p(images) in nats, one for each picture, as one draw from the cloud estimates it: (B,).
 
     log N(images; restored, sigma²) - KL(cloud), where `restored` is what the decoder made of the draw. (Kingma &
-    Welling 2014, eq. 10.) Defined in chapter 11.
+    Welling 2014, eq. 10.) Raises `ValueError` for pictures of different shapes and a sigma that isn't positive.
+    Defined in chapter 11.
     """
-    squares = (images - restored).float().square().flatten(1)  # (B, N)
+    if images.shape != restored.shape or not sigma > 0:
+        raise ValueError(f"images and restored must have one shape, and sigma be positive, got {tuple(images.shape)}, "
+                         f"{tuple(restored.shape)} and {sigma}")
+    squares = _precise(images - restored).square().flatten(1)  # (B, N)
     log_likelihood = -squares.sum(1) / (2 * sigma**2) - squares.shape[1] / 2 * math.log(2 * math.pi * sigma**2)
     return log_likelihood - cloud.kl()
 
@@ -66,6 +75,10 @@ class VAEConfig:
     shift_factor: float = 0.0  # is taken from latents first; not zero in Stable Diffusion 3 (Esser et al. 2024)
     quant_conv: bool = True  # 1×1 convolutions beside the latent; Stable Diffusion 3 left them out
     sample_size: int = 512  # the side of the pictures it was trained on
+
+    def __post_init__(self):
+        if min(len(self.channels), self.layers_per_block, self.latent_channels) < 1 or not self.scaling_factor > 0:
+            raise ValueError(f"there must be at least 1 of everything, and scaling_factor be positive, got {self}")
 
     @classmethod
     def preset(cls, name: str) -> "VAEConfig":
@@ -105,7 +118,8 @@ class VAEConfig:
         if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise ValueError(f"expected the config of an AutoencoderKL, got that of a {config['_class_name']}")
         levels, quant_conv = len(config["block_out_channels"]), config.get("use_quant_conv", True)
-        only = {"act_fn": "silu", "down_block_types": ["DownEncoderBlock2D"] * levels,
+        only = {"act_fn": "silu", "in_channels": 3, "out_channels": 3,
+                "down_block_types": ["DownEncoderBlock2D"] * levels,
                 "up_block_types": ["UpDecoderBlock2D"] * levels, "latents_mean": None,
                 "mid_block_add_attention": True, "use_post_quant_conv": quant_conv}
         for key, value in only.items():
@@ -187,8 +201,11 @@ def in_tiles(stage: nn.Sequential, x: torch.Tensor, *, tile: int) -> torch.Tenso
     A convolution sees neighbours only: every square has a margin as wide as the stage sees, which is thrown away. A
     GroupNorm sees everything: one after the other is measured over all squares before the map itself is computed. So
     the result is that of one piece up to rounding, and seams there are none. A map that fits into one square is
-    computed in one piece. No gradients. Raises `ValueError` for a tile below 16. Defined in chapter 11.
+    computed in one piece. No gradients. Raises `ValueError` for a tile below 16, and for more than one map.
+    Defined in chapter 11.
     """
+    if len(x) != 1:
+        raise ValueError(f"one map (1, C, H, W) at a time goes in tiles, got {tuple(x.shape)}")
     if tile < 16:
         raise ValueError(f"a tile must be at least 16 pixels wide, got {tile}")
     scale = math.prod({Upsample: 2, Downsample: 0.5}.get(type(layer), 1) for layer in stage)
@@ -348,10 +365,8 @@ class VAE(Model):
         of `factor`, or the range isn't [-1, 1].
         """
         check_images(images, multiple=self.factor)
-        return self._cloud(images, tile)
-
-    def _cloud(self, images: torch.Tensor, tile: int | None = None) -> DiagonalGaussian:
-        mean, logvar = self.quant_conv(_apply(self.encoder, images, tile)).chunk(2, dim=1)
+        with _gradients(tile):
+            mean, logvar = self.quant_conv(_apply(self.encoder, images, tile)).chunk(2, dim=1)
         scale = self.config.scaling_factor
         return DiagonalGaussian((mean - self.config.shift_factor) * scale, logvar.clamp(-30, 20) + 2 * math.log(scale))
 
@@ -361,16 +376,23 @@ class VAE(Model):
         `tile` as in `encode`. Raises `ValueError` when the number of channels is wrong.
         """
         check_latents(latents, self.config.latent_channels)
-        z = self.post_quant_conv(latents / self.config.scaling_factor + self.config.shift_factor)
-        return _apply(self.decoder, z, tile)
+        with _gradients(tile):
+            z = self.post_quant_conv(latents / self.config.scaling_factor + self.config.shift_factor)
+            return _apply(self.decoder, z, tile)
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, DiagonalGaussian]:
         """One pass of training: images and standard noise (B, latent_channels, h, w) → restored images and the cloud.
 
         The latent is mean + std · noise, so that the gradient reaches the encoder (the reparameterisation trick).
+        Raises as `encode` does.
         """
-        cloud = self._cloud(images)
+        cloud = self.encode(images)
         return self.decode(cloud.mean + torch.exp(cloud.logvar / 2) * noise), cloud
+
+
+def _gradients(tile: int | None):
+    """Tiles have none: no stage may keep its maps for them, nor pass on a part of them for the whole."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and tile is None)
 
 
 def _apply(network: Encoder | Decoder, x: torch.Tensor, tile: int | None) -> torch.Tensor:
@@ -418,8 +440,9 @@ class TinyVAEConfig:
         if config.get("_class_name", "AutoencoderTiny") != "AutoencoderTiny":
             raise ValueError(f"expected the config of an AutoencoderTiny, got that of a {config['_class_name']}")
         widths, blocks = config["encoder_block_out_channels"], list(config["num_encoder_blocks"])
-        only = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2, "scaling_factor": 1.0,
-                "shift_factor": 0.0, "encoder_block_out_channels": [widths[0]] * len(widths),
+        only = {"act_fn": "relu", "in_channels": 3, "out_channels": 3, "upsample_fn": "nearest",
+                "upsampling_scaling_factor": 2, "scaling_factor": 1.0, "shift_factor": 0.0,
+                "encoder_block_out_channels": [widths[0]] * len(widths),
                 "decoder_block_out_channels": [widths[0]] * len(widths), "num_decoder_blocks": blocks[::-1]}
         for key, value in only.items():
             found = config.get(key, value)

@@ -299,11 +299,14 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, perhaps a program, and was not opened; "
+        raise ValueError(f"{path} holds more than tensors, perhaps a program, and was not opened, or it is damaged; "
                          "use the same weights as safetensors") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); download it again") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    except Exception as error:  # there is no list of what a damaged pickle may raise
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is damaged ({said}); download it again") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, where tensors by name were expected")
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
@@ -367,17 +370,22 @@ class Model(nn.Module):
         """
         folder = locate(name_or_path, cls.subfolder)
         verify(folder)
-        config = cls.config_class.from_config(read_json(folder / "config.json"))
+        content = read_json(folder / "config.json")
+        try:
+            config = cls.config_class.from_config(content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / 'config.json'} is not the config of a {cls.__name__} ({error!r})") from error
         with torch.device("meta"):
             model = cls(config)
         return model.load(read_weights(folder, cls.weights_name), dtype=dtype, where=str(folder)).eval()
 
     def load(self, state: dict, *, dtype: torch.dtype = torch.float32, where: str = "the weights") -> "Model":
-        """Put the tensors of a state dict in place, after translating its dialect.
+        """Put copies of the tensors of a state dict in place, after translating its dialect.
 
-        Raises `ValueError` on missing or unexpected keys, on another shape, and on values that aren't finite.
+        They go where the network is; one on the `meta` device takes the tensors themselves, and lies where they do.
+        Raises `ValueError` on missing or unexpected keys, another shape, and values that aren't finite in `dtype`.
         """
-        state = rename(state, self.dialects)
+        state, placed = rename(state, self.dialects), {}
         own = self.state_dict()
         check_keys(own, state, where=where)
         for key, tensor in state.items():
@@ -386,15 +394,25 @@ class Model(nn.Module):
                     f"{where}: {key} has shape {tuple(tensor.shape)}, the config asks for {tuple(own[key].shape)}; "
                     "check that config and weights belong together"
                 )
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{where}: {key} holds NaN or infinity; the file was damaged or training diverged")
-        self.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
+            place = tensor.device if own[key].is_meta else own[key].device
+            placed[key] = tensor.to(place, dtype, copy=not own[key].is_meta)
+            if not torch.isfinite(placed[key]).all():
+                raise ValueError(f"{where}: {key} holds NaN or infinity as {dtype}; the file was damaged, training "
+                                 "diverged, or the type is too narrow")
+        self.load_state_dict(placed, assign=True)
         return self
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json`, the weights (in `dtype`, by default their own) and `SHA256SUMS` into a folder."""
+        """Write `config.json`, the weights (in `dtype`, by default their own) and `SHA256SUMS` into a folder.
+
+        Raises `ValueError`, and writes nothing, where a weight isn't finite in that type.
+        """
         folder = Path(folder)
         state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
+        for key, tensor in state.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{key} holds NaN or infinity as {tensor.dtype}, so nothing was saved; training "
+                                 "diverged, or the type is too narrow")
         text = json.dumps(self.config.to_config(), indent=2) + "\n"
         weights = folder / self.weights_name
         write_atomically(weights, lambda path: save_file(state, path, metadata={"format": "pt"}))

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoints import Model, locate, read_json, read_tensors, rename, verify, write_atomically
+from diffusionbook.checkpoints import (
+    Model, locate, read_json, read_tensors, read_weights, rename, verify, write_atomically,
+)
 from .data import check_images, from_pil
 from .text import ACTIVATIONS, TextConfig, TextEncoder, Tokenizer, TransformerBlock
 
@@ -39,6 +41,9 @@ def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, logit_sc
                          f"and {tuple(text_embeddings.shape)}")
     if count < 2:
         raise ValueError(f"the contrastive loss compares pairs with each other and needs at least 2, got {count}")
+    if right is not None and (right.shape != (count, count) or right.dtype != torch.bool):
+        raise ValueError(f"right must be boolean of shape ({count}, {count}), an entry for each image and text, got "
+                         f"{right.dtype} {tuple(right.shape)}")
     scale = logit_scale.clamp(max=math.log(100)).exp()
     logits = scale * F.normalize(image_embeddings, dim=1) @ F.normalize(text_embeddings, dim=1).T  # (B, B)
     own = torch.eye(count, dtype=torch.bool, device=logits.device)
@@ -330,7 +335,7 @@ class CLIP(Model):
         c = self.config.text
         if not c.causal or c.eos_id == 2 or ids.device.type == "meta" or ids.ndim != 2 or 0 in ids.shape:
             return ids
-        return ids[:, : int((ids == c.eos_id).int().argmax(1).max()) + 1] if (ids == c.eos_id).any(1).all() else ids
+        return ids[:, : int((ids == c.eos_id).int().argmax(1).max()) + 1]
 
     def text_tower(self) -> TextEncoder:
         """The half that reads, with its projection, as a `TextEncoder` of its own that shares these weights."""
@@ -358,6 +363,7 @@ class CLIP(Model):
         """`encode_image` for a tensor, a PIL picture or a list of them, which are resized and cropped."""
         if not isinstance(images, Tensor):
             images = from_pil(images, size=self.config.vision.image_size)
+        check_images(images)  # before a conversion makes whole numbers look like a picture in [-1, 1]
         return self.encode_image(images.to(self.device, self.dtype))
 
     def embed_texts(self, texts) -> Tensor:
@@ -396,7 +402,11 @@ class CLIP(Model):
             if not files:
                 raise FileNotFoundError(f"{folder} has open_clip_config.json, but no open_clip_model.safetensors")
             state = from_openai_clip(read_checkpoint(files[0]))
-            config = CLIPConfig.from_tensors(state, read_json(extra) if extra.exists() else None)
+            try:
+                config = CLIPConfig.from_tensors(state, read_json(extra) if extra.exists() else None)
+            except KeyError as error:
+                raise ValueError(f"{files[0]} holds no CLIP that sees by a vision transformer: it lacks {error}; take "
+                                 "one of the kind ViT, such as ViT-L/14") from error
         else:
             verify(folder)
             config = read_json(folder / "config.json")
@@ -405,8 +415,7 @@ class CLIP(Model):
                 config["vision_config"] = (config.get("vision_config") or {}) | {
                     key: colours[key] for key in ("image_mean", "image_std") if key in colours}
             config = CLIPConfig.from_config(config)
-            weights = folder / cls.weights_name
-            state = read_checkpoint(weights if weights.exists() else folder / "pytorch_model.bin")
+            state = read_weights(folder, cls.weights_name)
         with torch.device("meta"):
             clip = cls(config)
         clip.load(state, dtype=dtype, where=str(path if path.is_file() else folder)).eval()
@@ -431,12 +440,14 @@ def retrieval(image_embeddings: Tensor, text_embeddings: Tensor, *, k: tuple[int
     """How often the right partner is among the k most similar: R@k both ways, for embeddings (N, D) in pairs.
 
     Returns {"image_to_text@1": share, …, "text_to_image@5": share}. A tie counts against.
-    Raises `ValueError` for unequal shapes. Defined in chapter 14.
+    Raises `ValueError` for unequal shapes, and for NaN or infinity. Defined in chapter 14.
     """
     if image_embeddings.shape != text_embeddings.shape or not len(image_embeddings):
         raise ValueError(f"retrieval compares pairs: expected two equal shapes (N, D) with N ≥ 1, got "
                          f"{tuple(image_embeddings.shape)} and {tuple(text_embeddings.shape)}")
     similarity = F.normalize(image_embeddings, dim=1) @ F.normalize(text_embeddings, dim=1).T  # (N, N)
+    if not similarity.isfinite().all():
+        raise ValueError("an embedding holds NaN or infinity; compute embeddings in float32 or bfloat16")
     shares = {}
     for way, table in [("image_to_text", similarity), ("text_to_image", similarity.T)]:
         rank = (table >= table.diagonal()[:, None]).sum(1)  # 1 where only the partner itself is as similar
@@ -449,8 +460,10 @@ def zero_shot(clip: CLIP, images, classes: dict[str, list[str]]) -> Tensor:
     """The probability (B, classes) of each class, described by one or more texts: no training on these classes.
 
     Every text gets its share by the softmax of scaled cosine similarities, and a class the sum of its texts' shares.
-    images as for `CLIP.score`. Raises `ValueError` for a class without a text. Defined in chapter 14.
+    images as for `CLIP.score`. Raises `ValueError` for a class without a list of texts. Defined in chapter 14.
     """
+    if bare := [name for name, described in classes.items() if isinstance(described, str)]:
+        raise ValueError(f"each class needs a list of texts, and {bare[0]!r} has a string; put it in a list")
     if not classes or not all(classes.values()):
         raise ValueError("zero_shot needs at least one class, and one text for each")
     texts = [text for described in classes.values() for text in described]

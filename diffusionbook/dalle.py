@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import Model, locate, rename
-from .data import check_images, to_pil
+from .data import check_images, from_pil, to_pil
 from .dvae import DVAE, gumbel_noise
 from .layers import split_heads
 from .text import Tokenizer, TransformerBlock
@@ -170,10 +170,11 @@ class DalleTransformer(Model):
     def loss(self, ids: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy in nats per token, an eighth for the caption and seven for the codes, and both alone.
 
-        Padding after the end of a caption does not count. (Ramesh et al. 2021, section 2.2.)
+        What follows the end of a caption does not count. (Ramesh et al. 2021, section 2.2.)
         """
         text_logits, code_logits = self(ids, codes)
-        following = ids[:, 1:].masked_fill(ids[:, :-1] == self.config.text_vocab - 1, -100)  # -100: don't count
+        over = (ids[:, :-1] == self.config.text_vocab - 1).cumsum(1) > 0  # the caption has ended before this place
+        following = ids[:, 1:].masked_fill(over, -100)  # -100: don't count
         text = F.cross_entropy(text_logits.float().flatten(0, 1), following.flatten())
         picture = F.cross_entropy(code_logits.float().flatten(0, 1), codes.flatten())
         return text / 8 + picture * 7 / 8, {"text": text.detach(), "picture": picture.detach()}
@@ -214,6 +215,8 @@ def sample_codes(transformer: DalleTransformer, ids: Tensor, *, start: Tensor | 
     Raises `ValueError` for a temperature that isn't positive and for other impossible wishes. Defined in chapter 16.
     """
     c, count = transformer.config, len(ids)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"the seed must lie in 0…2⁶³-1, got {seed}")
     if not temperature > 0 or not math.isfinite(guidance):
         raise ValueError(f"temperature must be positive and guidance finite, got {temperature} and {guidance}; "
                          "for the likeliest code at each place take top_k=1")
@@ -297,7 +300,7 @@ class DallE:
         (B, 3, H, W) in [-1, 1]. Raises `ValueError` for impossible wishes.
         """
         captions = _captions(prompt, n, output)
-        each = n if rerank is None else candidates or 8 * n
+        each = n if rerank is None else 8 * n if candidates is None else candidates
         if each < n or (rerank is None and candidates is not None):
             raise ValueError(f"candidates must be at least n={n}, and needs rerank to choose from them; "
                              f"got candidates={candidates}")
@@ -310,14 +313,15 @@ class DallE:
             images = images[best.flatten().to(images.device)]
         return to_pil(images) if output == "pil" else images
 
-    def complete(self, image: Tensor, prompt: str, *, rows: int | None = None, n: int = 1, seed: int = 0,
+    def complete(self, image, prompt: str, *, rows: int | None = None, n: int = 1, seed: int = 0,
                  guidance: float = 3.0, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, output: str = "pil", progress: bool = True) -> list[Image.Image] | Tensor:
-        """Keep the first `rows` rows of tiles of a picture (1, 3, H, W), by default half, and write the rest `n` times.
+        """Keep the first `rows` rows of tiles of a picture, by default half, and write the rest `n` times.
 
-        The other options are those of a call. Raises `ValueError` for a picture of another size or more rows than
-        there are.
+        image: a PIL picture or a tensor (1, 3, H, W) in [-1, 1]. The other options are those of a call. Raises
+        `ValueError` for a picture of another size or more rows than there are.
         """
+        image = from_pil(image) if isinstance(image, Image.Image) else image
         captions, c = _captions(prompt, n, output), self.transformer.config
         rows = c.grid // 2 if rows is None else rows
         side = c.grid * self.dvae.factor

@@ -9,6 +9,7 @@ __all__ = ['DECODER', 'UPSAMPLER', 'PARTS', 'UPSAMPLING', 'OF_TEXT', 'slerp', 'T
 # %% ../book/18_dalle2.ipynb #4264581d
 import json
 import math
+import pickle
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -132,9 +133,10 @@ class TextProjection(Model):
 def enlarged(images: Tensor, side: int) -> Tensor:
     """Small pictures (B, 3, h, w) blown up to (B, 3, side, side), bicubically: what an upsampler starts from.
 
-    Defined in chapter 18.
+    Computed in float32 at least. Defined in chapter 18.
     """
-    return F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=True)
+    exact = images.to(torch.promote_types(images.dtype, torch.float32))
+    return F.interpolate(exact, (side, side), mode="bicubic", align_corners=False, antialias=True).to(images.dtype)
 
 
 def roughened(images: Tensor, generator: torch.Generator, *, blur: float = 0.6, noise: float = 0.05) -> Tensor:
@@ -274,8 +276,10 @@ class DallE2:
         """Pictures for image embeddings (B, D) and captions: decoder, then upsampler.
 
         Without an embedding the decoder goes by the caption alone, as GLIDE does. `latents` (B, 3, h, w) stand for
-        the decoder's noise; more options, such as `eta`, go to its sampler.
+        the decoder's noise; more options, such as `eta`, go to its sampler. Raises `ValueError` for impossible wishes.
         """
+        if output not in ("pil", "tensor"):
+            raise ValueError(f'expected output "pil" or "tensor", got {output!r}')
         side = self.decoder.network.config.sample_size
         small = sample(self.denoiser(embedding, captions, guidance=guidance), (len(captions), 3, side, side),
                        sampler=sampler, steps=steps, spacing="linspace", seed=seed + DECODER, latents=latents,
@@ -300,6 +304,8 @@ class DallE2:
     @torch.no_grad()
     def enlarge(self, images: Tensor, *, steps: int = 7, seed: int = 0, progress: bool = False) -> Tensor:
         """Small pictures (B, 3, h, w) in [-1, 1] → large ones, clamped; the last of the steps is the finisher's."""
+        if self.upsampler is None:
+            raise ValueError("this pipeline has no upsampler; its pictures stay as large as the decoder paints them")
         check_images(images)
         side = self.upsampler.network.config.sample_size
         large = enlarge(images, (side, side)) if self.bilinear else enlarged(images, side)
@@ -321,7 +327,12 @@ class DallE2:
         return self.decoder.network.device
 
     def without_prior(self) -> Glide:
-        """The same cascade as a `Glide`, which goes by the caption alone, and inpaints if the decoder learned to."""
+        """The same cascade as a `Glide`, which goes by the caption alone, and inpaints if the decoder learned to.
+
+        Raises `ValueError` for a cascade with a finisher, for which GLIDE has no place.
+        """
+        if self.finisher is not None:
+            raise ValueError("GLIDE's upsampler has no finisher; paint(None, captions) goes by captions alone, too")
         return Glide(base=self.decoder, conditioner=CaptionOnly(self), upsampler=self.upsampler)
 
     # From a picture to others
@@ -331,14 +342,18 @@ class DallE2:
         """Pictures as the pair (CLIP embedding (B, D), noise (B, 3, h, w)): what they are, and how exactly they look.
 
         The noise is the one from which the decoder, told the embedding alone, would paint the picture again by DDIM.
-        `images` is a tensor (B, 3, H, W) in [-1, 1], a PIL picture or a list of them. Raises `ValueError` without CLIP.
+        `images` is a tensor (B, 3, H, W) in [-1, 1], with H = W, a PIL picture or a list of them, which are cropped.
+        Raises `ValueError` without CLIP and for tensors of another kind.
         """
         if self.clip is None:
             raise ValueError("this pipeline can't look at pictures; load a folder with clip or image_encoder")
         side, look = self.decoder.network.config.sample_size, self.clip.config.vision.image_size
         images = images if isinstance(images, Tensor) else from_pil(images, size=look)
-        images = images.to(self._device, self._dtype)
         check_images(images)
+        if images.shape[2] != images.shape[3]:
+            raise ValueError(f"pictures must be square, got {images.shape[2]}×{images.shape[3]}; crop them, or give "
+                             "PIL pictures, of which the middle is taken")
+        images = images.to(self._device, self._dtype)
         embedding = self.clip.encode_image(images if images.shape[2:] == (look, look) else resized(images, look))
         denoise = replace(self.decoder, condition=self._told(embedding, [""] * len(images)))
         times = timesteps(self.decoder.schedule, steps, spacing="linspace")
@@ -351,9 +366,9 @@ class DallE2:
 
         `eta` is the share of noise that is fresh: 0 paints the picture itself again. (Ramesh et al. 2022, section 3.1.)
         """
-        embedding, noise = self.encode(image, steps=steps)
-        return self._from_code(embedding[:1].expand(n, -1), noise[:1].expand(n, -1, -1, -1), eta=eta, steps=steps,
-                               guidance=guidance, seed=seed, output=output, progress=progress)
+        embedding, noise = self._code(image, n, steps=steps)
+        return self._from_code(embedding, noise, eta=eta, steps=steps, guidance=guidance, seed=seed, output=output,
+                               progress=progress)
 
     def interpolate(self, image_a, image_b, *, steps: int = 8, decoder_steps: int = 25, guidance: float = 1.0,
                     seed: int | None = None, output: str = "pil", progress: bool = False) -> list[Image.Image] | Tensor:
@@ -362,14 +377,13 @@ class DallE2:
         With a `seed` all share one noise instead, and the ends are no longer the pictures themselves.
         (Ramesh et al. 2022, section 3.2.)
         """
-        (z_a, x_a), (z_b, x_b) = (self.encode(image, steps=decoder_steps) for image in (image_a, image_b))
+        (z_a, x_a), (z_b, x_b) = (self._code(image, steps, steps=decoder_steps) for image in (image_a, image_b))
         weight = torch.linspace(0, 1, steps, device=z_a.device)
-        a, b = (z.expand(steps, -1) for z in (z_a, z_b))
         if seed is None:
-            noise = slerp(x_a.expand(steps, -1, -1, -1), x_b.expand(steps, -1, -1, -1), weight)
+            noise = slerp(x_a, x_b, weight)
         else:
-            noise = starting_noise(x_a.shape, seed=seed + DECODER).to(x_a).expand(steps, -1, -1, -1)
-        return self._from_code(slerp(a, b, weight), noise, steps=decoder_steps, guidance=guidance, seed=seed or 0,
+            noise = starting_noise(x_a[:1].shape, seed=seed + DECODER).to(x_a).expand(steps, -1, -1, -1)
+        return self._from_code(slerp(z_a, z_b, weight), noise, steps=decoder_steps, guidance=guidance, seed=seed or 0,
                                output=output, progress=progress)
 
     def text_diff(self, image, before: str, after: str, *, steps: int = 8, amount: float = 0.5, decoder_steps: int = 25,
@@ -379,13 +393,19 @@ class DallE2:
         Its embedding turns towards the difference of the texts' embeddings, by up to the share `amount` of the angle.
         (Ramesh et al. 2022, section 3.3.)
         """
-        z, noise = self.encode(image, steps=decoder_steps)
+        z, noise = self._code(image, steps, steps=decoder_steps)
         old, new = F.normalize(self.read([before, after]).embedding, dim=1)
-        difference = F.normalize(new - old, dim=0) * z.norm()  # as long as z, so that lengths stay
-        weight = torch.linspace(0, amount, steps, device=z.device)
-        turned = slerp(z.expand(steps, -1), difference.expand(steps, -1), weight)
-        return self._from_code(turned, noise.expand(steps, -1, -1, -1), steps=decoder_steps, guidance=guidance,
-                               output=output, progress=progress)
+        difference = F.normalize(new - old, dim=0) * z[0].norm()  # as long as z, so that lengths stay
+        turned = slerp(z, difference.expand(steps, -1), torch.linspace(0, amount, steps, device=z.device))
+        return self._from_code(turned, noise, steps=decoder_steps, guidance=guidance, output=output, progress=progress)
+
+    def _code(self, image, count: int, *, steps: int) -> tuple[Tensor, Tensor]:
+        """The code of one picture, `count` times."""
+        pictures = 1 if isinstance(image, Image.Image) else len(image)
+        if pictures != 1 or count < 1:
+            raise ValueError(f"one picture is painted anew at least once, got {pictures} pictures, {count} times")
+        embedding, noise = self.encode(image, steps=steps)
+        return embedding.expand(count, -1), noise.expand(count, -1, -1, -1)
 
     def _from_code(self, embedding: Tensor, noise: Tensor, *, eta: float = 0.0, **options):
         return self.paint(embedding, [""] * len(embedding), sampler="ddim", eta=eta, latents=noise, **options)
@@ -415,6 +435,7 @@ class DallE2:
                   "decoder": decoder(UNet.from_pretrained(folder / "decoder", dtype=dtype))}
         if (folder / "upsampler").is_dir():
             parts |= {"upsampler": load_denoiser(folder / "upsampler")[0], "bilinear": True}
+            parts["upsampler"].network.to(dtype)
         elif (folder / "super_res_first").is_dir():
             upsampler, _ = _read_scheduler(folder / "super_res_scheduler")
             parts["upsampler"] = upsampler(UNet.from_pretrained(folder / "super_res_first", dtype=dtype))
@@ -526,8 +547,12 @@ def _read_karlo(folder: Path, dtype: torch.dtype) -> dict:
              for part in ("prior-ckpt", "decoder-ckpt", "improved-sr-ckpt", "ViT-L-14_stats")}
     if missing := [f"{part}*" for part, path in found.items() if path is None]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which Karlo's files contain")
+    try:
+        mean, std = torch.load(found["ViT-L-14_stats"], map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{found['ViT-L-14_stats']} is damaged, or doesn't hold the mean and the deviation of CLIP's "
+                         "embeddings; download it again") from error
     prior, decoder, upsamplers = (read_tensors(path) for path in list(found.values())[:3])
-    mean, std = torch.load(found["ViT-L-14_stats"], map_location="cpu", weights_only=True)
     with torch.device("meta"):
         networks = (DiffusionPrior(PriorConfig.preset("karlo")), TextProjection(TextProjectionConfig.preset("karlo")),
                     *(UNet(UNetConfig.preset(f"dalle2-{part}")) for part in ("decoder", "upsampler", "upsampler")))

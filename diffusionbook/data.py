@@ -13,13 +13,14 @@ import io
 import json
 from functools import lru_cache
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 # %% ../book/00_start_here.ipynb #ch00-23
@@ -57,8 +58,9 @@ def check_images(images: torch.Tensor, *, multiple: int = 1) -> None:
 def from_pil(pictures, *, size: int | None = None) -> torch.Tensor:
     """Turn one PIL picture or a list of them into a tensor (B, 3, H, W) in [-1, 1]; transparency becomes white.
 
-    `size` resizes the shorter side to that many pixels and crops the middle. Raises `ValueError` when the list is
-    empty or the pictures differ in size. Defined in chapter 00.
+    `size` resizes the shorter side to that many pixels and crops the middle. Photographs stand upright, as their EXIF
+    tag says. Raises `ValueError` when the list is empty, the pictures differ in size, or one isn't a PIL picture of
+    8 bits per colour. Defined in chapter 00.
     """
     pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if not pictures:
@@ -73,6 +75,13 @@ def from_pil(pictures, *, size: int | None = None) -> torch.Tensor:
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"pictures must be PIL images, got {type(picture).__name__}; Image.open or Image.fromarray "
+                         "makes one")
+    if picture.mode[0] in "IF":  # convert would cut off all that is above 255
+        raise ValueError(f"pictures must have 8 bits per colour, got PIL's mode {picture.mode!r}; bring the values to "
+                         "0…255 and convert them to uint8 first")
+    picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -101,12 +110,14 @@ def image_grid(images, *, columns: int | None = None, scale: int = 1, gap: int =
     """Lay pictures out on a white sheet, row by row.
 
     `images` is a tensor (B, 3, H, W) in [-1, 1] or a list of PIL pictures of one size. `columns` defaults to all of
-    them up to 8; `scale` repeats every pixel; `gap` is in unscaled pixels. Raises `ValueError` for no picture.
-    Defined in chapter 00.
+    them up to 8; `scale` repeats every pixel; `gap` is in unscaled pixels. Raises `ValueError` for no picture or
+    pictures that differ in size. Defined in chapter 00.
     """
-    pictures = to_pil(images) if isinstance(images, torch.Tensor) else list(images)
+    pictures = to_pil(images) if isinstance(images, torch.Tensor) else [_on_white(picture) for picture in images]
     if not pictures:
         raise ValueError("image_grid needs at least one picture, got none")
+    if len(sizes := {picture.size for picture in pictures}) > 1:
+        raise ValueError(f"image_grid needs pictures of one size, got {sorted(sizes)}; resize them first")
     columns = columns or min(len(pictures), 8)
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
@@ -173,7 +184,9 @@ class EmojiDataset(Dataset):
     """Captioned pictures: item `i` is `(image, caption, attributes)`.
 
     The image is a float32 tensor (3, size, size) in [-1, 1], the caption a string, the attributes a dict with
-    `name`, `tone`, `style`, `gender`, `group`, `subgroup`, `tags`, `hexcode` and `split`. Defined in chapter 00.
+    `name`, `tone`, `style`, `gender`, `group`, `subgroup`, `tags`, `hexcode` and `split`. What a picture has not is
+    None, so a `DataLoader` needs to be told how to put items together: `collate_fn=lambda items: list(zip(*items))`.
+    Defined in chapter 00.
     """
 
     def __init__(self, table, *, size: int = 64):
@@ -218,7 +231,7 @@ def emoji(split: str = "train", *, size: int = 64) -> EmojiDataset:
     """
     if split not in SPLITS:
         raise ValueError(f"no split named {split!r}; choose one of {', '.join(SPLITS)}")
-    if not 1 <= size <= 64:
-        raise ValueError(f"the emoji are 64 pixels wide: size must lie in 1…64, got {size}")
+    if not isinstance(size, Integral) or not 1 <= size <= 64:
+        raise ValueError(f"the emoji are 64 pixels wide: size must be a whole number in 1…64, got {size!r}")
     table = _emoji_table()
     return EmojiDataset(table.filter(pc.equal(table["split"], split)), size=size)

@@ -60,10 +60,12 @@ def to_prediction(output: Tensor, x: Tensor, t, *, schedule: NoiseSchedule, pred
 
     `prediction` says what the output is, as in `target`. An output of 2C channels is the prediction and, in the
     second half, a learned variance in [-1, 1] (Nichol & Dhariwal 2021, eq. 15). Computed in float32 at least.
-    Raises `ValueError` for an unknown `prediction`, other numbers of channels, and for "epsilon" at a time without
-    signal, where the noise says nothing about the picture. Defined in chapter 05.
+    Raises `ValueError` for an unknown `prediction`, an x of whole numbers, an output of another shape, and for
+    "epsilon" at a time without signal, where the noise says nothing about the picture. Defined in chapter 05.
     """
     _check_prediction(prediction)
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}; from_pil brings pictures to [-1, 1]")
     output, mix = _split(output, x)
     levels = schedule.levels(t)
     if prediction == "epsilon" and not levels[0].is_meta and (levels[0] == 0).any():
@@ -86,11 +88,12 @@ def to_prediction(output: Tensor, x: Tensor, t, *, schedule: NoiseSchedule, pred
 
 def _split(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A network's output as prediction and, if it has twice the channels of x, share of variance in [0, 1]."""
-    if output.shape[1] == x.shape[1]:
+    if output.shape == x.shape:
         return output, None
-    if output.shape[1] != 2 * x.shape[1]:
+    if output.shape != (len(x), 2 * x.shape[1], *x.shape[2:]):
         raise ValueError(f"a network must answer {x.shape[1]} channels with as many, or with twice as many if it "
-                         f"learns the variance; got {output.shape[1]}")
+                         f"learns the variance, and keep the rest of the shape {tuple(x.shape)}; got "
+                         f"{tuple(output.shape)}")
     output, value = output.chunk(2, dim=1)
     return output, (value + 1) / 2
 
@@ -134,7 +137,8 @@ def _ask(network: Callable, x: Tensor, t, parts: dict[str, Tensor]) -> Tensor:
 class Denoiser:
     """A network with everything needed to use it: call it with (x, t) and get a `Prediction`.
 
-    `t` is a number or a tensor of one or B timesteps. Gradients are off unless `grad=True`. Defined in chapter 05.
+    `t` is a number or a tensor of one or B timesteps. Gradients are off unless `grad=True`. Raises `ValueError` for an
+    unknown `prediction`, and what `to_prediction` refuses. Defined in chapter 05.
     """
 
     network: Callable  # (x, t, context=…, embedding=…) -> (B, C, H, W), or 2C channels with a learned variance
@@ -142,6 +146,9 @@ class Denoiser:
     prediction: str = "epsilon"  # what the network was trained to predict: one of TARGETS
     condition: Condition = Condition()
     grad: bool = False  # True lets guidance differentiate through the network
+
+    def __post_init__(self):
+        _check_prediction(self.prediction)
 
     def __call__(self, x: Tensor, t) -> Prediction:
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
@@ -169,10 +176,14 @@ def exact_denoiser(data: Tensor, schedule: NoiseSchedule) -> Denoiser:
     """The best denoiser there is for a finite set of pictures (N, …): no network, no training.
 
     Its x0 is the mean of all pictures in `data`, each weighted by the chance that x_t was made from it, so a sampler
-    that follows it to the end paints members of `data`. Computed in the precision of `data`: give float64 for
-    large pictures at little noise. Defined in chapter 05.
+    that follows it to the end paints members of `data`. Computed in the precision of `data`, in float32 at least: give
+    float64 for large pictures at little noise. Raises `ValueError` for no picture and for whole numbers.
+    Defined in chapter 05.
     """
-    flat = data.flatten(1)
+    if len(data) == 0 or not data.is_floating_point():
+        raise ValueError(f"data must be a floating-point tensor (N, …) of at least one picture, got {data.dtype} "
+                         f"{tuple(data.shape)}")
+    flat = data.flatten(1).to(torch.promote_types(data.dtype, torch.float32))  # (N, D)
 
     def posterior_mean(x: Tensor, t: Tensor) -> Tensor:
         rows = x.flatten(1).to(flat.dtype)
@@ -287,10 +298,13 @@ def variational_bound(answer: Prediction, x0: Tensor, x: Tensor, t, *, schedule:
     """How many bits per number one reverse step costs, given an answer about x = x_t: (B,).
 
     KL divergence of the step from the true one; at t = 0, the cost of naming the 8-bit picture. The sum over all t
-    bounds the cost of storing a picture. t: whole numbers. An answer without a learned variance counts with the
-    least. (Ho et al. 2020, eq. 5 and 13; Nichol & Dhariwal 2021, section 3.1.) Defined in chapter 05.
+    bounds the cost of storing a picture. t: whole numbers, or `ValueError` says so. An answer without a learned
+    variance counts with the least. (Ho et al. 2020, eq. 5 and 13; Nichol & Dhariwal 2021, section 3.1.)
+    Defined in chapter 05.
     """
     t = torch.as_tensor(t)
+    if not t.is_meta and (t != t.round()).any():
+        raise ValueError(f"the variational bound steps from t to t - 1: t must be whole, got {t.tolist()}")
     mix = torch.zeros_like(x) if answer.variance_mix is None else answer.variance_mix
     true_log_variance = learned_log_variance(torch.zeros_like(mix), t, t - 1, schedule=schedule)
     log_variance = learned_log_variance(mix, t, t - 1, schedule=schedule)

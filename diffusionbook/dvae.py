@@ -75,10 +75,14 @@ def logit_laplace(pixels: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 def perplexity(codes: Tensor, count: int) -> float:
     """How many codes are in use, as if all were used alike: exp(entropy of their shares), between 1 and `count`.
 
-    `codes` int64 of any shape. Raises `ValueError` for none at all. Defined in chapter 12.
+    `codes` int64 of any shape. Raises `ValueError` for none at all, and for numbers that aren't in 0…count - 1.
+    Defined in chapter 12.
     """
     if not codes.numel():
         raise ValueError("perplexity needs at least one code, got none")
+    if codes.dtype != torch.int64 or not 0 <= codes.min() <= codes.max() < count:
+        raise ValueError(f"codes must be int64 and lie in [0, {count - 1}], got {codes.dtype} in "
+                         f"[{codes.min()}, {codes.max()}]")
     share = torch.bincount(codes.flatten(), minlength=count).double() / codes.numel()
     return torch.special.entr(share).sum().exp().item()
 
@@ -318,13 +322,16 @@ class Annealed(nn.Module):
     """A `DVAE` while it is trained: it counts its steps, cools, and brings in the KL.
 
     `train(Annealed(dvae, steps=…), pictures, Annealed.loss, …)`. The temperature falls along half a cosine wave from
-    1 to `coldest` at the end; the weight of the KL rises to `kl_weight` over the first tenth. The count is saved with
-    the weights, so a training that was interrupted goes on at its temperature. (Ramesh et al. 2021, appendix A.)
-    Defined in chapter 12.
+    1 to `coldest` at the end; the weight of the KL rises to `kl_weight` over the first tenth. A step is a call of
+    `loss`: `train(…, accumulate=2)` makes two at a time. The count is saved with the weights, so a training that was
+    interrupted goes on at its temperature. (Ramesh et al. 2021, appendix A.) Raises `ValueError` for `steps` below 1
+    and a `coldest` that isn't in (0, 1]. Defined in chapter 12.
     """
 
     def __init__(self, dvae: DVAE, *, steps: int, coldest: float = 1 / 16, kl_weight: float = 1.0):
         super().__init__()
+        if steps < 1 or not 0 < coldest <= 1:
+            raise ValueError(f"steps must be at least 1 and coldest lie in (0, 1], got {steps} and {coldest}")
         self.dvae, self.steps, self.coldest, self.kl_weight = dvae, steps, coldest, kl_weight
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 

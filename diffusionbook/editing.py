@@ -11,6 +11,7 @@ __all__ = ['ATTENTION', 'LORA_NAMES', 'as_images', 'img2img', 'as_mask', 'inpain
 import difflib
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,14 +54,20 @@ def _start(pipeline: StableDiffusion, image, prompt, n: int) -> tuple[Tensor, li
     return images.expand(len(captions), -1, -1, -1), captions
 
 
+def _of_denoiser(options: dict) -> dict:
+    """Those of the options of a call that `denoiser` takes, taken out."""
+    return {name: options.pop(name) for name in ("rescale", "clip_skip") if name in options}
+
+
 def img2img(pipeline: StableDiffusion, image, prompt, *, strength: float = 0.6, n: int = 1, steps: int = 20,
             spacing: str = "trailing", negative: str = "", guidance: float = 3.0, seed: int = 0, metadata: bool = True,
             **options) -> list[Image.Image] | Tensor:
     """Paint a picture anew from a caption: hide it under noise, but not wholly, and let the pipeline find its way back.
 
     image: a PIL picture, a list of them, or a tensor (B, 3, H, W) in [-1, 1]. `strength` is the share of the way: of
-    the steps the last int(strength · steps) are gone. Other options as in a call of the pipeline, whose method this is.
-    Raises `ValueError` for a strength without a step. (Meng et al. 2022, SDEdit.) Defined in chapter 20.
+    the steps the last int(strength · steps) are gone. Other options as in a call of the pipeline, whose method this is;
+    the size is the picture's. Raises `ValueError` for a strength without a step. (Meng et al. 2022, SDEdit.)
+    Defined in chapter 20.
     """
     kept = int(steps * strength)
     if not 0 < strength <= 1 or kept < 1:
@@ -69,7 +76,7 @@ def img2img(pipeline: StableDiffusion, image, prompt, *, strength: float = 0.6, 
     times = timesteps(pipeline.schedule, steps, spacing=spacing)[steps - kept:]
     clean = pipeline.encode(images)
     latents = pipeline.schedule.add_noise(clean, noise_source(seed)(clean), times[0])
-    denoise = pipeline.denoiser(captions, negative=negative, guidance=guidance)
+    denoise = pipeline.denoiser(captions, negative=negative, guidance=guidance, **_of_denoiser(options))
     facts = {"edit": f"img2img, strength {strength}", "steps": steps, "negative": negative, "guidance": guidance}
     return pipeline.paint(denoise, latents.shape, captions=captions, facts=facts if metadata else None, times=times,
                           latents=latents, seed=seed, **options)
@@ -78,10 +85,12 @@ def img2img(pipeline: StableDiffusion, image, prompt, *, strength: float = 0.6, 
 def as_mask(mask, size: tuple[int, int]) -> Tensor:
     """A PIL picture or a tensor (H, W) or (B, 1, H, W) as zeros and ones (B, 1, H, W), float: 1 where to paint.
 
-    White (above a half) is to be painted. Raises `ValueError` for another size. Defined in chapter 20.
+    White (above a half) is to be painted. Raises `ValueError` for another size or type. Defined in chapter 20.
     """
     if isinstance(mask, Image.Image):
         mask = torch.from_numpy(np.array(mask.convert("L"))) / 255
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"the mask must be a PIL picture or a tensor, got {type(mask).__name__}")
     mask = mask[None, None] if mask.ndim == 2 else mask
     if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != tuple(size):
         raise ValueError(f"the mask must have the size of the picture, {tuple(size)}, got {tuple(mask.shape)}")
@@ -97,9 +106,11 @@ def inpaint(pipeline: StableDiffusion, image, mask, prompt, *, n: int = 1, negat
     `ValueError` for sizes that don't go together. (Rombach et al. 2022, section 4.5.) Defined in chapter 20.
     """
     images, captions = _start(pipeline, image, prompt, n)
-    mask = as_mask(mask, images.shape[2:]).expand(len(images), -1, -1, -1)
-    factor = pipeline.vae.factor
-    guide = partial(pipeline.denoiser, captions, negative=negative, guidance=guidance)
+    mask, factor = as_mask(mask, images.shape[2:]), pipeline.vae.factor
+    if len(mask) not in (1, len(images)):
+        raise ValueError(f"{len(mask)} masks don't go with {len(images)} pictures; give one, or as many")
+    mask = mask.expand(len(images), -1, -1, -1)
+    guide = partial(pipeline.denoiser, captions, negative=negative, guidance=guidance, **_of_denoiser(options))
     clean = pipeline.encode(images if not pipeline.extra_channels else images * (1 - mask))
     if pipeline.extra_channels:
         small = mask[:, :, ::factor, ::factor].to(clean)  # (B, 1, h, w)
@@ -140,7 +151,7 @@ def matching_tokens(source: list[int], target: list[int]) -> tuple[list[int], li
 
 
 def edit_words(pipeline: StableDiffusion, source: str, target: str, *, share: float = 0.6, steps: int = 20,
-               **options) -> list[Image.Image] | Tensor:
+               seed: int = 0, **options) -> list[Image.Image] | Tensor:
     """Paint the pictures of two captions from one noise; the second looks where the first looks, word for word.
 
     For the first `share` of the steps the attention that each word of `target` gets is that of its partner in
@@ -157,7 +168,7 @@ def edit_words(pipeline: StableDiffusion, source: str, target: str, *, share: fl
         x, context = args[:2]  # rows: source, target, and both once more without their captions
         q, k, v = (split_heads(part, attention.heads)
                    for part in (attention.to_q(x), attention.to_k(context), attention.to_v(context)))
-        weights = attention_weights(q, k)  # (B, heads, places, words)
+        weights = attention_weights(q.float(), k.float()).to(v.dtype)  # (B, heads, places, words)
         weights[1, :, :, ours] = weights[0][:, :, theirs]
         return attention.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
 
@@ -168,9 +179,9 @@ def edit_words(pipeline: StableDiffusion, source: str, target: str, *, share: fl
     hooks = [layer.register_forward_hook(look_there)
              for name, layer in pipeline.unet.named_modules() if name.endswith("attn2")]
     try:
-        noise = noise_source(options.pop("seed", 0))(torch.empty(1, pipeline.vae.config.latent_channels,
-                                                                 *pipeline.latent_size(options.get("size"))))
-        return pipeline([source, target], latents=noise.expand(2, -1, -1, -1), steps=steps, on_step=count, **options)
+        shape = (1, pipeline.vae.config.latent_channels, *pipeline.latent_size(options.get("size")))
+        noise = noise_source(seed)(torch.empty(shape)).expand(2, -1, -1, -1)
+        return pipeline([source, target], latents=noise, steps=steps, seed=seed, on_step=count, **options)
     finally:
         for hook in hooks:
             hook.remove()
@@ -180,8 +191,12 @@ def prompt_film(pipeline: StableDiffusion, captions: list[str], *, frames: int =
                 **options) -> list[Image.Image] | Tensor:
     """Pictures on the way from each caption to the next, `frames` a way, all from the same noise.
 
-    The vectors of the captions are mixed word by word. Defined in chapter 20.
+    The vectors of the captions are mixed word by word. Raises `ValueError` for fewer than two captions or one frame.
+    Defined in chapter 20.
     """
+    if isinstance(captions, str) or len(captions) < 2 or frames < 1:
+        raise ValueError(f"a film needs a list of two captions or more, and a frame on each way, got {captions!r} and "
+                         f"frames={frames}")
     stops = pipeline.encode_text(captions)
     rows = [torch.lerp(a, b, i / frames) for a, b in zip(stops, stops[1:], strict=False) for i in range(frames)]
     context = torch.stack([*rows, stops[-1]])  # (frames · ways + 1, M, width)
@@ -197,11 +212,13 @@ ATTENTION = r"^unet\..*attn[12]\.to_(q|k|v|out\.0)$"
 class LowRank(nn.Module):
     """An addition to one linear or convolutional layer, of few parameters: up(down(x)), which starts as zero.
 
-    (Hu et al. 2022, section 4.1.) Defined in chapter 20.
+    (Hu et al. 2022, section 4.1.) Raises `ValueError` for a rank below 1. Defined in chapter 20.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, *, alpha: float | None = None):
         super().__init__()
+        if rank < 1:
+            raise ValueError(f"the rank must be at least 1, got {rank}")
         if isinstance(layer, nn.Conv2d):
             self.down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
             self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
@@ -264,9 +281,13 @@ class LoRA(nn.Module):
             self._hooks.pop().remove()
 
     @torch.no_grad()
-    def merge(self, *, scale: float = 1.0) -> None:
-        """Add to the weights of the layers for good; answers then cost no more than before."""
+    def merge(self, *, scale: float | None = None) -> None:
+        """Add to the weights of the layers for good; answers then cost no more than before.
+
+        `scale` is by default that of the last `attach`, or 1.
+        """
         self.detach()
+        scale = self.scale if scale is None else scale
         for name, layer in self.layers.items():
             layer.weight += scale * self.addition(name).weight().view_as(layer.weight)
 
@@ -302,7 +323,7 @@ def load_lora(pipeline: StableDiffusion, path, *, scale: float = 1.0) -> LoRA:
 
     Reads the names of diffusers and PEFT (`unet.….lora_A.weight`, older `….lora.down.weight`) and those of kohya's
     scripts (`lora_unet_….lora_down.weight`). A method of the pipeline. Raises `ValueError` for a file that was made
-    for another model. Defined in chapter 20.
+    for another model, is empty, or holds NaN. Defined in chapter 20.
     """
     layers = changeable_layers(pipeline)
     short = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
@@ -316,6 +337,11 @@ def load_lora(pipeline: StableDiffusion, path, *, scale: float = 1.0) -> LoRA:
         if name not in layers or part not in ("down", "up", "alpha"):
             raise ValueError(f"{Path(path).name} was made for another model: this one has no place for {key!r}")
         found.setdefault(name, {})[part] = tensor
+        if not tensor.isfinite().all():
+            raise ValueError(f"{Path(path).name}: {key!r} holds NaN or infinity; the file was damaged or its training "
+                             "diverged")
+    if not found:
+        raise ValueError(f"{Path(path).name} holds no LoRA: there is no tensor in it")
     told = _settings(path)
     additions = {}
     for name, parts in found.items():
@@ -354,21 +380,37 @@ def _stored_alpha(told: dict, name: str, rank: int) -> float | None:
     return alpha * rank**0.5 if stabilised else alpha
 
 
+@contextmanager
+def _frozen(*networks: nn.Module):
+    """For as long as it lasts, no gradients are computed for the weights of these networks."""
+    learning = [p for network in networks for p in network.parameters() if p.requires_grad]
+    try:
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
 def train_lora(pipeline: StableDiffusion, images, captions: list[str], *, rank: int = 4, steps: int = 150,
                lr: float = 2e-3, batch: int = 8, seed: int = 0, progress: bool = True) -> LoRA:
     """Teach a pipeline a few pictures of your own: a LoRA for them, attached.
 
     images: PIL pictures of one size, or a tensor (B, 3, H, W) in [-1, 1]; captions: one for each, with a word that
-    means what they have in common. The pipeline's own weights stay as they are. Defined in chapter 20.
+    means what they have in common. The pipeline's own weights stay as they are. Raises `ValueError` for another number
+    of captions than pictures. Defined in chapter 20.
     """
-    latents, context = pipeline.encode(as_images(images)), pipeline.encode_text(captions)
-    torch.manual_seed(seed)
-    lora = LoRA(pipeline, rank=rank).attach()
-    pipeline.unet.requires_grad_(False)
+    images, captions = _start(pipeline, images, captions, 1)
+    latents, context = pipeline.encode(images), pipeline.encode_text(captions)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        lora = LoRA(pipeline, rank=rank).attach()
     loss = DenoisingLoss(pipeline.schedule, pipeline.prediction, drop=0.1,
                          empty={"context": pipeline.encode_text([""])[0]})
-    average = train(lora, StackDataset(x0=latents, context=context), lambda _, *told: loss(pipeline.unet, *told),
-                    steps=steps, lr=lr, batch=batch, warmup=10, ema=0.98, seed=seed, progress=progress)
+    with _frozen(pipeline.unet):
+        average = train(lora, StackDataset(x0=latents, context=context), lambda _, *told: loss(pipeline.unet, *told),
+                        steps=steps, lr=lr, batch=batch, warmup=10, ema=0.98, seed=seed, progress=progress)
     average.swap(lora)
     return lora
 
@@ -377,12 +419,14 @@ def add_word(pipeline: StableDiffusion, word: str, vector: Tensor) -> None:
     """Teach the pipeline's text encoder a word, one run of letters, whose vector (width,) is given.
 
     A file of textual inversion holds such vectors by word. The word is not saved with the pipeline: keep the vector.
-    Raises `ValueError` for a vector of another width. Defined in chapter 20.
+    Raises `ValueError` for a vector of another width or with NaN. Defined in chapter 20.
     """
     encoder, table = pipeline.text_encoder, pipeline.text_encoder.embeddings["token_embedding"].weight.detach()
     if vector.shape != table.shape[1:]:
         raise ValueError(f"the vector of a word must have shape {tuple(table.shape[1:])}, got {tuple(vector.shape)}: "
                          "it was learned for another model")
+    if not vector.isfinite().all():
+        raise ValueError("the vector of a word holds NaN or infinity; its training diverged")
     pipeline.tokenizer.add(word, len(table))
     longer = torch.cat([table, vector[None].to(table)])
     encoder.embeddings["token_embedding"] = nn.Embedding.from_pretrained(longer)
@@ -399,16 +443,17 @@ def learn_word(pipeline: StableDiffusion, images, word: str, *, caption: str = "
                lr: float = 5e-3, batch: int = 8, seed: int = 0, progress: bool = True) -> Tensor:
     """Find the vector (width,) of a new word for what your pictures share, and add the word; no network changes.
 
-    `caption` has {} where the word goes, `like` is a word to start from. (Gal et al. 2023, textual inversion.)
-    Defined in chapter 20.
+    `caption` has {} where the word goes, `like` is a word to start from. Raises `ValueError` where either is missing.
+    (Gal et al. 2023, textual inversion.) Defined in chapter 20.
     """
     encoder, ids = pipeline.text_encoder, pipeline.tokenizer.encode(like)
+    if not ids or "{}" not in caption:
+        raise ValueError(f"caption needs {{}} where the word goes, and like a word, got {caption!r} and {like!r}")
+    latents = pipeline.encode(as_images(images))
     table = encoder.embeddings["token_embedding"].weight.detach()
     learned = _Word(table[ids].mean(0))
     add_word(pipeline, word, learned.vector.detach())
     number = pipeline.tokenizer.added[word.lower()]
-    for network in (encoder, pipeline.unet):
-        network.requires_grad_(False)
     rows = pipeline.tokenizer([caption.format(word), ""]).to(pipeline.device)
     loss = DenoisingLoss(pipeline.schedule, pipeline.prediction)
 
@@ -421,8 +466,9 @@ def learn_word(pipeline: StableDiffusion, images, word: str, *, caption: str = "
 
     hook = encoder.embeddings["token_embedding"].register_forward_hook(put_in)
     try:
-        train(learned, pipeline.encode(as_images(images)), told, steps=steps, lr=lr, batch=batch, warmup=10, ema=0.98,
-              weight_decay=0.0, seed=seed, progress=progress).swap(learned)
+        with _frozen(encoder, pipeline.unet):
+            train(learned, latents, told, steps=steps, lr=lr, batch=batch, warmup=10, ema=0.98, weight_decay=0.0,
+                  seed=seed, progress=progress).swap(learned)
     finally:
         hook.remove()
     encoder.embeddings["token_embedding"].weight.data[number] = learned.vector.detach()
@@ -565,7 +611,8 @@ def edge_map(pictures, *, sigma: float = 1.0) -> Tensor:
 
     Defined in chapter 20.
     """
-    grey = rgb2gray((as_images(pictures).clamp(-1, 1).permute(0, 2, 3, 1).cpu().numpy() + 1) / 2)
+    images = as_images(pictures).detach().float().cpu().clamp(-1, 1)
+    grey = rgb2gray((images.permute(0, 2, 3, 1).numpy() + 1) / 2)
     edges = np.stack([canny(picture, sigma=sigma) for picture in grey])
     return torch.from_numpy(edges).float()[:, None].expand(-1, 3, -1, -1)
 
@@ -574,8 +621,8 @@ def with_controlnet(pipeline: StableDiffusion, control: ControlNet):
     """A painter that draws along hints: call what is returned with (prompt, hint).
 
     hint: a PIL picture, or a tensor (B, 3, H, W) in [0, 1]. It also takes `strength`, how much the hint counts, and
-    the options of a call of the pipeline, whose method this is. Raises `ValueError` for a ControlNet of another U-Net.
-    Defined in chapter 20.
+    the options of a call of the pipeline, whose method this is; the size is the hint's. Raises `ValueError` for a
+    ControlNet of another U-Net, and for hints of another shape or range. Defined in chapter 20.
     """
     shape = ("channels", "attention", "layers_per_block", "context_width", "in_channels", "linear_projection")
     ours, theirs = ({key: getattr(config, key) for key in shape} for config in (pipeline.unet.config,
@@ -587,16 +634,28 @@ def with_controlnet(pipeline: StableDiffusion, control: ControlNet):
     @torch.no_grad()
     def paint(prompt, hint, *, strength: float = 1.0, n: int = 1, negative: str = "", guidance: float = 3.0,
               metadata: bool = True, **options) -> list[Image.Image] | Tensor:
-        hint = (from_pil(hint) + 1) / 2 if not isinstance(hint, Tensor) else hint
         captions = pipeline.captions(prompt, n)
-        hint = hint.expand(len(captions), -1, -1, -1)
+        hint = _as_hints(hint, len(captions))
         shape = (len(captions), pipeline.vae.config.latent_channels, *pipeline.latent_size(tuple(hint.shape[2:])))
         network = Controlled(pipeline.unet, control, hint, strength=strength)
-        denoise = pipeline.denoiser(captions, negative=negative, guidance=guidance, network=network)
+        denoise = pipeline.denoiser(captions, negative=negative, guidance=guidance, network=network,
+                                    **_of_denoiser(options))
         facts = {"edit": f"controlnet, strength {strength}", "negative": negative, "guidance": guidance}
         return pipeline.paint(denoise, shape, captions=captions, facts=facts if metadata else None, **options)
 
     return paint
+
+
+def _as_hints(hint, count: int) -> Tensor:
+    """A PIL picture, or a tensor with one hint or as many as asked for, as hints (count, 3, H, W) in [0, 1]."""
+    hint = hint if isinstance(hint, Tensor) else (from_pil(hint) + 1) / 2
+    if not hint.is_floating_point() or hint.ndim != 4 or hint.shape[1] != 3 or len(hint) not in (1, count):
+        raise ValueError(f"{count} pictures need one hint or as many, a float tensor (B, 3, H, W), got {hint.dtype} "
+                         f"{tuple(hint.shape)}")
+    if not hint.is_meta and not (hint.min() >= -0.01 and hint.max() <= 1.01):
+        raise ValueError(f"hints must lie in [0, 1] without NaN, got [{hint.min():.4g}, {hint.max():.4g}]; "
+                         "for a picture in [-1, 1] add 1 and divide by 2")
+    return hint.expand(count, -1, -1, -1)
 
 # %% ../book/20_editing.ipynb #986ad036
 StableDiffusion.img2img = img2img

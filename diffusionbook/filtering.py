@@ -196,7 +196,7 @@ def fed_steps(t: float, bound: float) -> list[float]:
 
     bound: the longest step that is stable alone (`max_stable_step`). n steps last up to bound * (n^2 + n) / 3; many
     of them are longer than the bound, and the short ones repair what the long ones blow up. The order matters:
-    Leja order keeps the numbers small all the way. Raises `ValueError` for a bound that is not above 0.
+    Leja order keeps the numbers small all the way. Raises `ValueError` for a bound that is not above 0 or a negative t.
     (Grewenig, Weickert & Bruhn 2010.) Defined in chapter 02.
 
     >>> [round(tau, 3) for tau in fed_steps(0.5, 0.25)]
@@ -204,6 +204,8 @@ def fed_steps(t: float, bound: float) -> list[float]:
     """
     if not 0 < bound < math.inf:
         raise ValueError(f"bound must be above 0 and finite, got {bound}; max_stable_step gives it")
+    if not 0 <= t < math.inf:
+        raise ValueError(f"t must be a finite time of at least 0, got {t}")
     n = math.ceil(math.sqrt(3 * t / bound * (1 - 1e-9) + 0.25) - 0.5)
     steps = 1 / _leja_order(max(n, 1))
     return (t * steps / steps.sum()).tolist()
@@ -395,7 +397,9 @@ def _contrasts(
     if contrast is None:
         # For colour no larger: squares summed over channels scatter less, so noise is told from edges more easily.
         slope = _noise_slope(u, h, presmooth)
-        contrast = (law.noise_factor * slope * noise).clamp_min(1e-15)  # without noise every slope is an edge
+        largest = torch.linalg.vector_norm(u.detach(), math.inf, tuple(range(1, u.ndim)))  # (B,)
+        noise = noise.maximum(8 * torch.finfo(u.dtype).eps * largest)  # at least what rounding makes
+        contrast = (law.noise_factor * slope * noise).clamp_min(1e-15)
     contrast = torch.as_tensor(contrast, dtype=u.dtype, device=u.device)
     if contrast.ndim > 1 or contrast.ndim == 1 and len(contrast) != len(u):
         raise ValueError(f"contrast must be one number, or one for each of the {len(u)} pictures of the batch_axis")
@@ -513,7 +517,7 @@ def selling_stencil(tensor: Tensor) -> tuple[Tensor, Tensor]:
     tensor: (d, d, ...), symmetric and positive definite, d = 2 or 3.
     Returns weights (K, ...) >= 0 and offsets (K, d, ...), whole numbers, K = 3 in 2-D and 6 in 3-D, with
     tensor = sum_k weights[k] offsets[k] offsets[k]^T. Differentiable in the tensor. Raises ValueError for
-    another d or a tensor that is not positive definite. (Selling 1874; Fehrenbach & Mirebeau 2014.)
+    another d or a tensor that is not symmetric and positive definite. (Selling 1874; Fehrenbach & Mirebeau 2014.)
     Defined in chapter 02b.
     """
     d, shape = len(tensor), tensor.shape[2:]
@@ -521,8 +525,12 @@ def selling_stencil(tensor: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"tensor must have the shape (2, 2, ...) or (3, 3, ...), got {tuple(tensor.shape)}")
     exact = tensor.reshape(d, d, -1).double()  # offsets may be long, and rounding grows with their squares
     with torch.no_grad():
-        if torch.linalg.cholesky_ex(exact.movedim(2, 0)).info.any():
-            raise ValueError("tensor must be positive definite: heat flows in every direction, if only a little")
+        trace = exact.diagonal().sum(-1)
+        if torch.linalg.cholesky_ex(exact.movedim(2, 0)).info.any() or not torch.isfinite(trace).all():
+            raise ValueError("tensor must be positive definite and finite: heat flows in every direction, if only a "
+                             "little")
+        if not all(((exact[i, j] - exact[j, i]).abs() <= 1e-5 * trace).all() for i, j in combinations(range(d), 2)):
+            raise ValueError("tensor must be symmetric; average it with its transpose")  # Cholesky saw one half only
         e = _obtuse_bases(exact)
     pairs = list(combinations(range(d + 1), 2))
     weights = [-(e[i].unsqueeze(1) * exact * e[j]).sum((0, 1)) for i, j in pairs]
@@ -576,6 +584,9 @@ def _flow(u: Tensor, t: float, h: Sequence[float], tensor_at: Callable, step: fl
 
     tensor_at: (1, C, *space) -> (d, d, *space), in physical units.
     """
+    if len(h) not in (2, 3):
+        raise ValueError(f"the image must have 2 or 3 axes of space, got {len(h)}; for colour and batches there are "
+                         "channel_axis and batch_axis")
     scale = torch.tensor(h, dtype=u.dtype, device=u.device)
     scale = torch.outer(scale, scale).reshape(len(h), len(h), *[1] * len(h))
     updates = max(1, math.ceil(t / step * (1 - 1e-9)))
@@ -616,8 +627,8 @@ def tensor_diffuse(
     t: time; with D = 1 it is the time of `heat`. spacing: length, one number or one per axis of space.
 
     Each step makes a pixel a weighted mean of others, so nothing leaves the range of the picture; the mean is
-    kept; the border is insulated. Differentiable. Raises ValueError for a tensor that is not positive definite
-    or of the wrong shape, a negative t, and what `to_batch` refuses. (Fehrenbach & Mirebeau 2014.)
+    kept; the border is insulated. Differentiable. Raises ValueError for a tensor that is not symmetric and positive
+    definite or of the wrong shape, a negative t, and what `to_batch` refuses. (Fehrenbach & Mirebeau 2014.)
     Defined in chapter 02b.
     """
     u, h, back = to_batch(image, spacing=spacing, channel_axis=channel_axis, batch_axis=batch_axis)
@@ -655,7 +666,7 @@ def _with_eigenvalues(J: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """The tensors with the eigenvectors of J (d, d, *space) and its eigenvalues changed: (d, *space) -> same."""
     if len(J) == 2:  # a closed form: 100 times faster, and smooth where the eigenvalues meet
         mean, a, b = (J[0, 0] + J[1, 1]) / 2, (J[0, 0] - J[1, 1]) / 2, J[0, 1]
-        radius = torch.sqrt(a**2 + b**2 + 1e-18)
+        radius = torch.hypot(a, torch.hypot(b, torch.full_like(b, 1e-9)))  # its squares could overflow
         high, low = change(torch.stack([mean + radius, mean - radius]))
         mean, turn = (high + low) / 2, (high - low) / 2 / radius
         return torch.stack([torch.stack([mean + turn * a, turn * b]), torch.stack([turn * b, mean - turn * a])])
@@ -824,10 +835,11 @@ def _grey(image) -> tuple[Tensor, Callable, float]:
     if u.ndim not in (4, 5):
         raise ValueError(f"image must be a grey picture (2-D) or volume (3-D), got {u.ndim - 2} axes; for colour, "
                          "`diffuse` has a channel_axis")
-    kind = torch.as_tensor(image).dtype
-    if kind.is_floating_point or kind == torch.bool:
+    try:
+        limits = torch.iinfo(image.dtype) if isinstance(image, Tensor) else np.iinfo(np.asarray(image).dtype)
+    except (TypeError, ValueError):  # floating point or bool
         return u[0, 0], back, 1.0
-    return u[0, 0], back, float(torch.iinfo(kind).max - torch.iinfo(kind).min)
+    return u[0, 0], back, float(limits.max - limits.min)
 
 
 def like_imdiffusefilt(
@@ -855,11 +867,9 @@ def like_imdiffusefilt(
     """
     u, back, span = _grey(image)
     steps, law = _neighbour_steps(u.ndim, connectivity), _conduction(conduction)
-    thresholds = [span / 10 if gradient_threshold is None else gradient_threshold]
-    if isinstance(gradient_threshold, Sequence):
-        thresholds = list(gradient_threshold)
-        iterations = len(thresholds) if iterations is None else iterations
-    iterations = 5 if iterations is None else iterations
+    thresholds = np.ravel(span / 10 if gradient_threshold is None else gradient_threshold).tolist()
+    if iterations is None:
+        iterations = len(thresholds) if np.ndim(gradient_threshold) else 5
     if not isinstance(iterations, Integral) or iterations < 1:
         raise ValueError(f"iterations must be a whole number of at least 1, got {iterations!r}")
     thresholds = thresholds * iterations if len(thresholds) == 1 else thresholds
@@ -913,7 +923,7 @@ def like_imdiffuseest(
     thresholds, removed = [], torch.zeros_like(u)
     while True:
         slopes = _slopes(u, steps)
-        if slopes.max() == 0:
+        if not slopes.any():
             raise ValueError("the image is constant, so there is nothing to estimate and nothing to filter")
         threshold = _knee(slopes)
         if thresholds and threshold >= thresholds[-1]:

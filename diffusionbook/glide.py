@@ -11,7 +11,6 @@ __all__ = ['OPENAI_BLOCK', 'GLIDE_FILES', 'classifier_guidance', 'guidance_inter
 import importlib
 import json
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -209,8 +208,8 @@ class GlideText(Model):
     def _filled(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """ids and mask, filled up to the whole length."""
         c = self.config
-        if ids.dtype != torch.int64 or ids.ndim != 2 or not 0 < ids.shape[1] <= c.context_length:
-            raise ValueError(f"ids must be int64 of shape (B, L) with 1 ≤ L ≤ {c.context_length}, "
+        if ids.dtype != torch.int64 or ids.ndim != 2 or 0 in ids.shape or ids.shape[1] > c.context_length:
+            raise ValueError(f"ids must be int64 of shape (B, L) with B ≥ 1 and 1 ≤ L ≤ {c.context_length}, "
                              f"got {ids.dtype} of shape {tuple(ids.shape)}")
         if not ids.is_meta and not (ids.min() >= 0 and ids.max() < c.vocab_size):
             raise ValueError(f"ids must lie in [0, {c.vocab_size - 1}], got [{ids.min()}, {ids.max()}]; "
@@ -282,8 +281,7 @@ def load_glide(path, *, dtype: torch.dtype = torch.float32) -> tuple[Denoiser, G
     Which of the four it is follows from its tensors. Raises `FileNotFoundError` for a missing file, and `ValueError`
     for a damaged one and for the weights of another model. Defined in chapter 15.
     """
-    path = Path(path)
-    state = read_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state = read_tensors(path)
     first = state.get("input_blocks.0.0.weight")
     if first is None or first.ndim != 4 or first.shape[1] not in GLIDE_FILES or "transformer_proj.weight" not in state:
         raise ValueError(f"{path} doesn't hold GLIDE's weights; expected a U-Net in guided diffusion's names that sees "
@@ -295,19 +293,6 @@ def load_glide(path, *, dtype: torch.dtype = torch.float32) -> tuple[Denoiser, G
     unet.load({key: tensor for key, tensor in state.items() if not is_text[key]}, dtype=dtype, where=str(path))
     text.load({key: tensor for key, tensor in state.items() if is_text[key]}, dtype=dtype, where=str(path))
     return Denoiser(unet.eval(), schedule()), text.eval()
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save, which is not allowed to run code."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected one of GLIDE's public files there")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or holds more than weights ({str(error).splitlines()[0]})") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} doesn't hold a state dict; expected names and tensors")
-    return state
 
 # %% ../book/15_glide.ipynb #17c00d21
 def enlarge(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -390,35 +375,44 @@ class Glide:
         return cls(base=denoise, conditioner=conditioner, upsampler=larger, upsampler_conditioner=words)
 
     @classmethod
-    def from_pretrained(cls, name_or_path) -> "Glide":
+    def from_pretrained(cls, name_or_path, *, dtype: torch.dtype = torch.float32) -> "Glide":
         """Load what `save_pretrained` wrote, public files (`base.pt`, …), or a `DallE2` without its prior.
 
         Raises `FileNotFoundError` for what is missing, `ValueError` for what doesn't fit or was altered.
         """
         folder = locate(name_or_path, "glide")
         if (folder / "glide.json").exists():
-            return cls(**{part: _load_part(folder, *entry) for part, entry in read_json(folder / "glide.json").items()})
+            index = read_json(folder / "glide.json")
+            return cls(**{part: _load_part(folder, *entry, dtype=dtype) for part, entry in index.items()})
         found = {name: path for name, _, _ in GLIDE_FILES.values() for suffix in (".pt", ".safetensors")
                  if (path := folder / f"{name}{suffix}").exists()}
         for base, upsampler in (("base", "upsample"), ("base_inpaint", "upsample_inpaint")):
             if base in found:
-                return cls.from_files(found[base], found.get(upsampler))
+                return cls.from_files(found[base], found.get(upsampler), dtype=dtype)
         if (folder / "decoder").is_dir():  # a DALL·E 2 that was trained to do without its prior, as the miniature is
             cascade = importlib.import_module("diffusionbook.dalle2").DallE2  # of a later chapter
-            return cascade.from_pretrained(folder).without_prior()
+            return cascade.from_pretrained(folder, dtype=dtype).without_prior()
         raise FileNotFoundError(f"{folder} holds no GLIDE: expected glide.json (save_pretrained writes it) or base.pt")
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that `from_pretrained` can load; weights in `dtype`, by default their own."""
+        """Write a folder that `from_pretrained` can load; weights in `dtype`, by default their own.
+
+        Raises `ValueError` for a conditioner that is part of another pipeline, which can be saved in its stead.
+        """
         folder, index = Path(folder), {}
-        for part in ("base", "conditioner", "upsampler", "upsampler_conditioner"):
-            thing = getattr(self, part)
-            if isinstance(thing, Denoiser):
-                save_denoiser(folder / part, thing, dtype=dtype)
-            elif thing is not None:
-                thing.save_pretrained(folder / part, dtype=dtype)
-            kind = "Denoiser" if isinstance(thing, Denoiser) else f"{type(thing).__module__}.{type(thing).__name__}"
-            index |= {} if thing is None else {part: [kind, part]}
+        names = ("base", "conditioner", "upsampler", "upsampler_conditioner")
+        parts = {name: part for name in names if (part := getattr(self, name)) is not None}
+        for name, part in parts.items():
+            if not isinstance(part, Denoiser) and not hasattr(part, "save_pretrained"):
+                raise ValueError(f"the {name}, a {type(part).__name__}, can't be saved by itself; "
+                                 "save the pipeline that this one was made from")
+        for name, part in parts.items():
+            if isinstance(part, Denoiser):
+                save_denoiser(folder / name, part, dtype=dtype)
+                index[name] = ["Denoiser", name]
+            else:
+                part.save_pretrained(folder / name, dtype=dtype)
+                index[name] = [f"{type(part).__module__}.{type(part).__name__}", name]
         text = json.dumps(index, indent=2) + "\n"
         write_atomically(folder / "glide.json", lambda path: Path(path).write_text(text, encoding="utf8"))
 
@@ -472,10 +466,11 @@ class Glide:
         check_images(image)
         if image.shape != (1, 3, side, side):
             raise ValueError(f"the image must be one of {side}×{side} pixels, got {tuple(image.shape)}; resize it")
-        mask = mask.reshape(1, 1, *mask.shape[-2:])
-        if mask.dtype != torch.bool or mask.shape[2:] != image.shape[2:]:
-            raise ValueError(f"the mask must be boolean with one entry per pixel, {side}×{side}, "
-                             f"got {mask.dtype} {tuple(mask.shape[2:])}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape[-2:] != (side, side) or (
+                mask.numel() != side**2):
+            told = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"the mask must be boolean, a tensor with one entry per pixel, {side}×{side}, got {told}")
+        mask = mask.reshape(1, 1, side, side)
         wishes = {"steps": steps, "sampler": sampler, "on_step": on_step, **options}
         return self._paint(_captions(prompt, n, output), image, mask, negative=negative, guidance=guidance,
                            upsampler_steps=upsampler_steps, seed=seed, output=output, progress=progress, **wishes)
@@ -483,6 +478,7 @@ class Glide:
     def _paint(self, captions: list[str], image, mask, *, negative, guidance, upsampler_steps, seed, output, progress,
                **wishes) -> list[Image.Image] | Tensor:
         run, count, side = partial(sample, progress=progress), len(captions), self.base.network.config.sample_size
+        times = None if self.upsampler is None else self._times(upsampler_steps)  # refused before the base works
         known = None if image is None else _shrink(image, mask, side)
         concat = self._beside(self.base.network, count, known)
         denoise = self.denoiser(captions, negative=negative, guidance=guidance, concat=concat)
@@ -499,7 +495,6 @@ class Glide:
             shape = (count, 3, side, side)
             # a little less noise, and other noise than the base had
             noise = 0.997 * starting_noise(shape, seed=(seed + 2**31) % 2**63)
-            times = self._times(upsampler_steps)
             x = run(denoise, shape, sampler="ddim", times=times, latents=noise, device=net.device, dtype=net.dtype)
         x = x.float().clamp(-1, 1)
         return to_pil(x) if output == "pil" else x
@@ -548,14 +543,16 @@ def _shrink(image: Tensor, mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
     return F.avg_pool2d(image, factor), F.max_pool2d(mask.float(), factor) > 0
 
 
-def _load_part(folder: Path, kind: str, place: str):
+def _load_part(folder: Path, kind: str, place: str, *, dtype: torch.dtype):
     """A part of a saved pipeline: a denoiser, or an object of a class in one of this package's modules."""
     if kind == "Denoiser":
-        return load_denoiser(folder / place)[0]
+        denoise, _ = load_denoiser(folder / place)
+        denoise.network.to(dtype)
+        return denoise
     module, _, name = kind.rpartition(".")
     if not module.startswith("diffusionbook."):
         raise ValueError(f"{folder}/glide.json asks for {kind}, which is not a part of diffusionbook")
-    return getattr(importlib.import_module(module), name).from_pretrained(folder / place)
+    return getattr(importlib.import_module(module), name).from_pretrained(folder / place, dtype=dtype)
 
 # %% ../book/15_glide.ipynb #4a293d2e
 @dataclass(frozen=True)

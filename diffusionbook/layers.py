@@ -19,12 +19,15 @@ def sinusoid(t: torch.Tensor, width: int, *, cos_first: bool = True, shift: floa
     """Turn timesteps (B,) into sines and cosines at `width`/2 frequencies from 1 down to 1/10000: (B, width), float32.
 
     Fractional timesteps are welcome. `cos_first=True, shift=0` is Stable Diffusion's dialect, `cos_first=False,
-    shift=1` that of DDPM. Raises `ValueError` for an odd width. (Vaswani et al. 2017, section 3.5.)
+    shift=1` that of DDPM. Raises `ValueError` for a width that is odd or leaves no frequency to shift.
+    (Vaswani et al. 2017, section 3.5.)
     Defined in chapter 06.
     """
     if width % 2:
         raise ValueError(f"the width of a sinusoidal embedding must be even, got {width}")
     half = width // 2
+    if half <= shift:
+        raise ValueError(f"a shift of {shift} needs a width above {2 * shift}, got {width}")
     exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
     angle = t.float()[:, None] * torch.exp(exponent)  # (B, width/2)
     parts = (angle.cos(), angle.sin()) if cos_first else (angle.sin(), angle.cos())
@@ -54,7 +57,12 @@ def group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
 
 # %% ../book/06_blocks.ipynb #fbe7b293
 def halve(x: torch.Tensor) -> torch.Tensor:
-    """Average each 2×2 square into one: (B, C, H, W) → (B, C, H/2, W/2). Defined in chapter 06."""
+    """Average each 2×2 square into one: (B, C, H, W) → (B, C, H/2, W/2). Defined in chapter 06.
+
+    Raises `ValueError` for an odd height or width.
+    """
+    if x.shape[-2] % 2 or x.shape[-1] % 2:
+        raise ValueError(f"height and width must be even to be halved, got {x.shape[-2]}×{x.shape[-1]}")
     return F.avg_pool2d(x, 2)
 
 
@@ -69,8 +77,8 @@ class ResidualBlock(nn.Module):
     Without `time_width` the block takes no time vector (the autoencoder's kind). With `scale_shift` the time vector
     multiplies what the second norm says before it adds to it (Nichol & Dhariwal 2021, section 3). `resample` "down"
     or "up" halves or doubles height and width inside the block, on both ways through it (guided diffusion, GLIDE,
-    DALL·E 2). (Ho et al. 2020, appendix B.) Raises `ValueError` for groups that don't divide the channels.
-    Defined in chapter 06.
+    DALL·E 2). (Ho et al. 2020, appendix B.) Raises `ValueError` for groups that don't divide the channels, and for a
+    time vector that is missing or too many. Defined in chapter 06.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, time_width: int | None = None,
@@ -92,6 +100,9 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
+        if (time is None) != (self.time_emb_proj is None):
+            raise ValueError("the block needs a time vector" if time is None else
+                             "the block was built without time_width and takes no time vector")
         h = F.silu(self.norm1(x))
         x, h = self.resample(x), self.resample(h)
         h = self.conv1(h)  # (B, out, H, W)
@@ -122,10 +133,13 @@ class SpatialUnflatten(nn.Module):
 def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """How much each query listens to each key: (…, N, d) and (…, M, d) → (…, N, M), every row adding up to 1.
 
-    softmax(q kᵀ / √d); where `mask` is False nobody listens. (Vaswani et al. 2017, eq. 1.) Defined in chapter 06.
+    softmax(q kᵀ / √d); where `mask` is False nobody listens, and a query that may listen to nothing gets zeros.
+    (Vaswani et al. 2017, eq. 1.) Defined in chapter 06.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+    if mask is None:
+        return scores.softmax(-1)
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0)
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -138,9 +152,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, heads: int,
     """Answer queries (B, N, C) by values (B, M, C), weighted by how well their keys (B, M, C) fit: (B, N, C).
 
     Each of the `heads` compares its own piece of the vectors. `mask` (B, M), or (B, N, M) where each query has its own,
-    is False at places not to listen to.
+    is False at places not to listen to. Raises `ValueError` for a mask that isn't boolean.
     (Vaswani et al. 2017, section 3.2.) Defined in chapter 06.
     """
+    if mask is not None and mask.dtype != torch.bool:  # PyTorch would add numbers to the scores
+        raise ValueError(f"the mask must be boolean, False at places not to listen to, got {mask.dtype}")
     q, k, v = (split_heads(part, heads) for part in (q, k, v))  # (B, heads, N or M, d)
     mask = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None, :]
     # The fused function is the fast one, but for one case: its backward pass on a CPU in bfloat16, for short rows.

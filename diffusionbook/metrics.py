@@ -24,15 +24,15 @@ from .layers import ResidualBlock, group_norm
 def extract(pictures: Tensor, features: Callable | None = None, *, batch: int = 64) -> Tensor:
     """Turn pictures (N, 3, H, W) into points (N, D), float64, with a feature extractor; no extractor: they are points.
 
-    `features` maps a batch of pictures to a tensor (B, D). Raises `ValueError` unless the result has two axes, at
-    least two points and finite values only. Defined in chapter 10.
+    `features` maps a batch of pictures to a tensor (B, D). Points on an Apple GPU, which knows no float64, come to
+    the CPU. Raises `ValueError` unless the result has two axes, a point and finite values only. Defined in chapter 10.
     """
     points = pictures if features is None else torch.cat([features(part) for part in pictures.split(batch)])
-    if points.ndim != 2 or len(points) < 2:
-        raise ValueError(f"a score needs two or more points (N, D), not {tuple(points.shape)}; pictures need features=")
+    if points.ndim != 2 or not points.numel():
+        raise ValueError(f"a score needs points (N, D), not {tuple(points.shape)}; pictures need features=")
     if not torch.isfinite(points).all():
         raise ValueError("the features hold NaN or infinity; look at the pictures and at the extractor")
-    return points.double()
+    return (points.cpu() if points.device.type == "mps" else points).double()
 
 
 def _pair(real: Tensor, fake: Tensor, features: Callable | None) -> tuple[Tensor, Tensor]:
@@ -48,10 +48,13 @@ def fid(real: Tensor, fake: Tensor, *, features: Callable | None = None) -> floa
     `real` and `fake` are pictures (N, 3, H, W), or points (N, D) without `features`. 0 means equal mean and
     covariance. It is biased upwards for few pictures: compare only scores from equally many, and take many more than
     D. With the 2,048 features of Inception it is the FID of the literature. (Heusel et al. 2017, eq. 6.)
-    Raises `ValueError` for clouds that don't fit together. Defined in chapter 10.
+    Raises `ValueError` for clouds that don't fit together or have fewer than 2 points. Defined in chapter 10.
     """
+    real, fake = _pair(real, fake, features)
+    if min(len(real), len(fake)) < 2:
+        raise ValueError(f"a covariance needs two or more points, got {len(real)} and {len(fake)}")
     (mean, cov), (fake_mean, fake_cov) = (
-        (points.mean(0), torch.cov(points.T).reshape(points.shape[1], -1)) for points in _pair(real, fake, features)
+        (points.mean(0), torch.cov(points.T).reshape(points.shape[1], -1)) for points in (real, fake)
     )
     cross = torch.linalg.svdvals(_matrix_root(cov) @ _matrix_root(fake_cov)).sum()  # tr (Σ₁Σ₂)^½
     return ((mean - fake_mean).square().sum() + cov.trace() + fake_cov.trace() - 2 * cross).item()
@@ -283,8 +286,8 @@ class Judge(Model):
         """
         if len(images) != len(attributes) or not attributes:
             raise ValueError(f"every picture needs its attributes, got {len(images)} pictures and {len(attributes)}")
-        answers = [self(part.to(self.device, self.dtype)) for part in images.split(batch)]
         truth = self.labels(attributes)
+        answers = [self(part.to(self.device, self.dtype)) for part in images.split(batch)]
         ranks = {
             part: torch.cat([a[part] for a in answers]).cpu().topk(min(5, len(known))).indices == truth[part][:, None]
             for part, known in self._answers().items()

@@ -165,10 +165,15 @@ class DiffusionPrior(Model):
 
     @torch.no_grad()
     def measure(self, embeddings: Tensor) -> None:
-        """Take mean and deviation from the CLIP image embeddings (N, D) of the training pictures."""
+        """Take mean and deviation from the CLIP image embeddings (N, D) of the training pictures.
+
+        Raises `ValueError` for another shape, fewer than two and values that aren't finite.
+        """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.config.embedding or len(embeddings) < 2:
             raise ValueError(f"embeddings must have shape (N, {self.config.embedding}) with N ≥ 2, "
                              f"got {tuple(embeddings.shape)}")
+        if not embeddings.isfinite().all():
+            raise ValueError("an embedding holds NaN or infinity; compute embeddings in float32 or bfloat16")
         self.clip_mean.copy_(embeddings.mean(0, keepdim=True))
         self.clip_std.copy_(embeddings.std(0, keepdim=True).clamp(min=1e-6))
 
@@ -244,8 +249,11 @@ def text_condition(text_encoder: TextEncoder, tokenizer: Tokenizer, captions: li
 def clamped(denoise: Denoiser | Wrapped, *, limit: float) -> Wrapped:
     """Keep the guess of x0 in [-limit, limit]; the noise is worked out again, so that both still make x.
 
-    Defined in chapter 17.
+    Raises `ValueError` for a limit that isn't positive. Defined in chapter 17.
     """
+    if not limit > 0:
+        raise ValueError(f"the limit of a guess must be positive, got {limit}")
+
     def answer(x: Tensor, t) -> Prediction:
         found = denoise(x, t)
         kept = found.x0.clamp(-limit, limit)

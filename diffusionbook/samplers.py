@@ -116,16 +116,16 @@ def euler(denoise: Denoiser, x: Tensor, times: Times) -> States:
 def noise_source(seed: int = 0) -> Noise:
     """A function that draws standard normal noise like a batch x, on x's device; row i comes from seed + i alone.
 
-    It draws on the CPU, so that a seed means the same noise on every device. Raises `ValueError` for a seed outside
-    0…2⁶³-1. Defined in chapter 09.
+    It draws on the CPU, so that a seed means the same noise on every device. Raises `ValueError` for a seed that isn't
+    a whole number in 0…2⁶³-1. Defined in chapter 09.
     """
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"the seed must lie in 0…2⁶³-1, got {seed}")
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        raise ValueError(f"the seed must lie in 0…2⁶³-1 and be a whole number, got {seed!r}")
     generators: list[torch.Generator] = []
 
     def draw(x: Tensor) -> Tensor:
         while len(generators) < len(x):
-            generators.append(torch.Generator().manual_seed(seed + len(generators)))
+            generators.append(torch.Generator().manual_seed(int(seed) + len(generators)))
         rows = [torch.randn(x.shape[1:], generator=generator) for generator in generators[:len(x)]]
         return torch.stack(rows).to(x)
 
@@ -236,9 +236,11 @@ def edm(denoise: Denoiser, x: Tensor, times: Times, *, churn: float = 40.0, boos
     """Heun's method that adds a little fresh noise before each step, and so corrects earlier errors.
 
     `churn` is spread over the steps, where sigma/alpha lies in `churn_between`; `boost` makes the fresh noise a touch
-    stronger. Never above the noise of the last timestep. Takes and yields what `euler` does.
-    (Karras et al. 2022, algorithm 2, with the values for ImageNet.) Defined in chapter 09.
+    stronger. Never above the noise of the last timestep. Takes and yields what `euler` does. Raises `ValueError` for
+    a churn below 0. (Karras et al. 2022, algorithm 2, with the values for ImageNet.) Defined in chapter 09.
     """
+    if not churn >= 0:
+        raise ValueError(f"churn must be at least 0, got {churn}")
     stops = levels(denoise.schedule, times)
     factor = 1 + min(churn / (len(stops) - 1), math.sqrt(2) - 1)
     raised = _raise_noise(denoise.schedule, stops[:-1], factor, churn_between)
@@ -305,9 +307,11 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, times: Times, *, eta: float = 0.0,
              noise: Noise = torch.randn_like) -> States:
     """DPM-Solver++(2M): a straight line through the last two guesses of x0, followed in λ. One call a step; order 2.
 
-    `eta` 1 solves the stochastic equation instead. Takes and yields what `euler` does.
-    (Lu et al. 2022, algorithm 2.) Defined in chapter 09.
+    `eta` 1 solves the stochastic equation instead. Takes and yields what `euler` does. Raises `ValueError` for an eta
+    below 0. (Lu et al. 2022, algorithm 2.) Defined in chapter 09.
     """
+    if not eta >= 0:
+        raise ValueError(f"eta must be at least 0, got {eta}")
     before = None  # (step in λ, x0) of the step before
     for now, then in pairwise(levels(denoise.schedule, times)):
         answer = denoise(x, now.t)
@@ -409,6 +413,8 @@ def sample(denoise: Denoiser, shape: tuple[int, ...], *, sampler: str = "dpmpp_2
     known = [name for name, p in inspect.signature(SAMPLERS[sampler]).parameters.items() if p.kind == p.KEYWORD_ONLY]
     if unknown := options.keys() - set(known):
         raise ValueError(f"{sampler} has no option {', '.join(sorted(unknown))}; it has {', '.join(known) or 'none'}")
+    if min(shape) < 1:
+        raise ValueError(f"shape must be (B, C, H, W), each at least 1, got {tuple(shape)}")
     times = timesteps(denoise.schedule, steps, spacing=spacing) if times is None else _check_times(times)
     if latents is not None and tuple(latents.shape) != tuple(shape):
         raise ValueError(f"latents must have shape {tuple(shape)}, got {tuple(latents.shape)}")
@@ -429,11 +435,12 @@ def sample(denoise: Denoiser, shape: tuple[int, ...], *, sampler: str = "dpmpp_2
 
 
 def _check_times(times: Times) -> list[float | None]:
-    """Times in falling order, of which only the last may be None."""
+    """Times as a list in falling order, of which only the last may be None."""
+    times = times.tolist() if isinstance(times, Tensor | np.ndarray) else list(times)
     numbers = [-1 if t is None else t for t in times]
     if len(numbers) < 2 or None in times[:-1] or any(a <= b for a, b in pairwise(numbers)):
-        raise ValueError(f"times must fall, with None (clean) last or nowhere, got {list(times)}")
-    return list(times)
+        raise ValueError(f"times must fall, with None (clean) last or nowhere, got {times}")
+    return times
 
 # %% ../book/09_sampling.ipynb #3fdf63b7
 def ddim_invert(denoise: Denoiser, x: Tensor, times: Times, *, corrections: int = 0) -> States:
@@ -441,9 +448,10 @@ def ddim_invert(denoise: Denoiser, x: Tensor, times: Times, *, corrections: int 
 
     `times` fall, as for sampling. Going up, the answer that the way down would use is not known yet; the answer here
     stands in for it. Each of the `corrections` steps back down, sees by how much it misses, and adds that (one more
-    call a step). (Song et al. 2021, section 4.3.) Defined in chapter 09.
+    call a step). Raises `ValueError` for times that don't fall. (Song et al. 2021, section 4.3.)
+    Defined in chapter 09.
     """
-    for now, then in pairwise(levels(denoise.schedule, times)[::-1]):
+    for now, then in pairwise(levels(denoise.schedule, _check_times(times))[::-1]):
         answer = denoise(x, then.t if now.t is None else now.t)
         higher = mix(answer, then) if now.t is not None else move(x, answer.eps, now, then)
         for _ in range(corrections):
@@ -492,7 +500,8 @@ def rescaled_guidance(denoise: Denoiser, unconditional: Condition, *, scale: flo
         asked = output(x0, eps, t)
         guided = output(x0_without + scale * (x0 - x0_without), eps_without + scale * (eps - eps_without), t)
         axes = tuple(range(1, x.ndim))
-        ratio = asked.std(axes, keepdim=True) / guided.std(axes, keepdim=True)  # (B, 1, 1, 1)
+        spread = guided.std(axes, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)  # a flat answer has none
+        ratio = asked.std(axes, keepdim=True) / spread  # (B, 1, 1, 1)
         found = to_prediction((phi * ratio + 1 - phi) * guided, x, t, schedule=denoise.schedule,
                               prediction=denoise.prediction)
         return found._replace(variance_mix=None if pair.variance_mix is None else pair.variance_mix[:len(x)])
@@ -505,11 +514,11 @@ def log_likelihood(denoise: Denoiser, x: Tensor, times: Times, *, probes: int | 
 
     Carries x up the probability-flow equation (Heun in λ, two calls a step) and adds up how the volume around it
     changes; `probes` and `seed` as in `jacobian_trace`, None for exact. The highest time must be next to pure noise.
-    Raises `ValueError` for a denoiser without gradients. (Chen et al. 2018; Song et al. 2021b, appendix D.2.)
-    Defined in chapter 09.
+    Raises `ValueError` for a denoiser without gradients and times that don't fall. (Chen et al. 2018; Song et al.
+    2021b, appendix D.2.) Defined in chapter 09.
     """
     _check_differentiable(denoise)
-    stops = [stop for stop in levels(denoise.schedule, times)[::-1] if math.isfinite(stop.lam)]
+    stops = [stop for stop in levels(denoise.schedule, _check_times(times))[::-1] if math.isfinite(stop.lam)]
     total, size = x.new_zeros(len(x)), x[0].numel()
     for now, then in pairwise(stops):
         h, scale = then.lam - now.lam, then.sigma / now.sigma

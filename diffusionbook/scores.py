@@ -42,6 +42,7 @@ def fokker_planck(density, t: float, *, spacing: float | Sequence[float] = 1, pu
     origin, since a walk with a pull is a free walk, shrunk (Mehler's formula). Returns what it was given: NumPy or
     tensor, same shape. Raises ValueError as `heat` and `transition` do. Defined in chapter 03.
     """
+    transition(t, pull=pull)  # refuses what no walk can do
     pieces = max(1, math.ceil(4 * pull * t))  # short ones, so that nothing leaves the grid before it is pulled back
     alpha, sigma = (value.item() for value in transition(t / pieces, pull=pull))
     for _ in range(pieces):
@@ -114,10 +115,10 @@ class GaussianMixture:
     @cached_property
     def _bells(self) -> tuple[Tensor, Tensor | None]:
         """Variances along each bell's own axes, (K, D) or (K, 1), and the axes as columns, (K, D, D) or None."""
-        if self.covariances.ndim == 1:
-            return self.covariances[:, None], None
-        variances, axes = torch.linalg.eigh(self.covariances)
-        return variances.clamp(min=0), axes
+        variances, axes = self.covariances[:, None], None
+        if self.covariances.ndim == 3:
+            variances, axes = torch.linalg.eigh(self.covariances)
+        return variances.clamp(min=0), axes  # a touch below 0 is rounding
 
     # Each question may be asked of the mixture itself or of what diffusion has made of it
 
@@ -280,13 +281,16 @@ def jacobian_trace(f: Callable[[Tensor], Tensor], x: Tensor, *, probes: int | No
     """The divergence of f at each sample, sum_i df_i/dx_i: x (B, ...) -> (B,).
 
     probes: how many random vectors of +1 and -1 to ask with; each costs one backward pass (Hutchinson 1989).
-    None asks once per coordinate and is exact. f must treat the samples of a batch one by one, and be differentiable
-    by autograd, or ValueError says so. Gradients reach the parameters of f. Defined in chapter 03.
+    None asks once per coordinate and is exact. f must treat the samples of a batch one by one. Gradients reach the
+    parameters of f. Raises ValueError for an f that autograd can't differentiate and for probes below 1.
+    Defined in chapter 03.
     """
     return _value_and_trace(f, x, probes, seed)[1]
 
 
 def _value_and_trace(f, x: Tensor, probes: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    if probes is not None and probes < 1:
+        raise ValueError(f"probes must be a number of random vectors, or None for all coordinates; got {probes}")
     keep = torch.is_grad_enabled()  # so that what comes out can be a loss
     g = torch.Generator().manual_seed(seed)
     with torch.enable_grad():

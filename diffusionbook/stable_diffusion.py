@@ -12,17 +12,19 @@ import re
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
+from numbers import Integral
 from pathlib import Path
 
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .autoencoders import VAE, VAEConfig
 from diffusionbook.checkpoints import (
     OPENAI_TEXT, from_latent_diffusion_vae, locate, read_json, read_tensors, rename, split_qkv, write_atomically,
 )
-from .data import to_pil
+from .data import check_images, to_pil
 from .denoising import Condition, Denoiser, Wrapped, classifier_free
 from .layers import Attention, attention_weights, split_heads
 from .samplers import rescaled_guidance, sample
@@ -193,17 +195,17 @@ def _download(repository: str) -> Path:
     return folder
 
 # %% ../book/19_stable_diffusion.ipynb #8cd44ca3
-def offload(network: nn.Module, device) -> None:
+def offload(network: nn.Module, device) -> list[RemovableHandle]:
     """Keep a network where it is, and bring each of its blocks to `device` only while the block runs.
 
-    The memory of the device then holds one block at a time. Defined in chapter 19.
+    The memory of the device then holds one block at a time. `remove()` of all handles returned ends it.
+    Defined in chapter 19.
     """
-    for child in network.children():
-        for block in child if isinstance(child, nn.ModuleList) else [child]:
-            _bring_while_running(block, device)
+    parts = (child if isinstance(child, nn.ModuleList) else [child] for child in network.children())
+    return [handle for blocks in parts for block in blocks for handle in _bring_while_running(block, device)]
 
 
-def _bring_while_running(block: nn.Module, device) -> None:
+def _bring_while_running(block: nn.Module, device) -> list[RemovableHandle]:
     home: list[tuple[dict, str, nn.Parameter]] = []
 
     def bring(module, args):
@@ -217,8 +219,7 @@ def _bring_while_running(block: nn.Module, device) -> None:
             place, name, parameter = home.pop()
             place[name] = parameter
 
-    block.register_forward_pre_hook(bring)
-    block.register_forward_hook(put_back, always_call=True)
+    return [block.register_forward_pre_hook(bring), block.register_forward_hook(put_back, always_call=True)]
 
 # %% ../book/19_stable_diffusion.ipynb #24878cbd
 def signed(picture: Image.Image, facts: dict) -> Image.Image:
@@ -259,6 +260,7 @@ class StableDiffusion:
         self.vae, self.unet, self.text_encoder, self.tokenizer = vae, unet, text_encoder, tokenizer
         self.schedule, self.prediction, self.name, self.memory = schedule, prediction, name, memory
         self.device = unet.device  # where the work is done; with little memory the weights rest elsewhere
+        self._offloaded: list[RemovableHandle] = []
 
     @classmethod
     def from_pretrained(cls, name_or_path, *, dtype: torch.dtype = torch.float32, memory: str | None = None,
@@ -304,9 +306,11 @@ class StableDiffusion:
     def to(self, device) -> "StableDiffusion":
         """Move all networks to a device and return the pipeline; with `memory="low"` they only come there to work."""
         self.device = torch.device(device)
+        while self._offloaded:
+            self._offloaded.pop().remove()
         for part in NETWORKS:
             if self.memory == "low" and self.device.type != "cpu":
-                offload(getattr(self, part), self.device)
+                self._offloaded += offload(getattr(self, part), self.device)
             else:
                 getattr(self, part).to(self.device)
         return self
@@ -331,8 +335,11 @@ class StableDiffusion:
         """A guided `Denoiser` for latents (B, C, h, w), one caption (or row of vectors) for each.
 
         `rescale` is the phi of `rescaled_guidance`; by default 0.7 where the schedule ends without signal, else 0.
-        `concat` goes in beside the latents, and `network` may stand in for the U-Net.
+        `concat` goes in beside the latents, and `network` may stand in for the U-Net. Raises `ValueError` for a network
+        that was trained for inpainting and is shown no picture.
         """
+        if (extra := self.extra_channels) and concat is None and network is None:
+            raise ValueError(f"this network wants {extra} more channels, a mask and a picture: call inpaint")
         context = captions if isinstance(captions, Tensor) else self.encode_text(captions, clip_skip=clip_skip)
         denoise = Denoiser(network or self.unet, self.schedule, self.prediction,
                            Condition(context=context, concat=concat))
@@ -362,8 +369,6 @@ class StableDiffusion:
         Raises `ValueError` for an impossible size and for other impossible wishes, and `FloatingPointError` that names
         the layer where NaN first appeared.
         """
-        if extra := self.extra_channels:
-            raise ValueError(f"this network wants {extra} more channels, a mask and a picture: call inpaint")
         captions = self.captions(prompt, n)
         denoise = self.denoiser(captions, negative=negative, guidance=guidance, rescale=rescale, clip_skip=clip_skip)
         shape = (len(captions), self.vae.config.latent_channels, *self.latent_size(size))
@@ -373,10 +378,14 @@ class StableDiffusion:
 
     def captions(self, prompt: str | list[str] | Tensor, n: int = 1) -> list[str] | Tensor:
         """The captions of all pictures to paint, each of them `n` times in a row; raises `ValueError` for others."""
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
+        if not isinstance(n, Integral) or n < 1:
+            raise ValueError(f"n must be at least 1, a whole number, got {n}")
         if isinstance(prompt, Tensor):
-            return prompt.repeat_interleave(n, dim=0)
+            width = self.unet.config.context_width
+            if not prompt.is_floating_point() or prompt.ndim != 3 or prompt.shape[2] != width or not len(prompt):
+                raise ValueError(f"vectors for captions must be floats of shape (B, tokens, {width}), as encode_text "
+                                 f"gives them, got {prompt.dtype} {tuple(prompt.shape)}")
+            return prompt.to(self.device, self.unet.dtype).repeat_interleave(n, dim=0)
         captions = [prompt] if isinstance(prompt, str) else prompt
         are_texts = isinstance(captions, list | tuple) and all(isinstance(caption, str) for caption in captions)
         if not are_texts or not captions:
@@ -412,6 +421,7 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → pictures (B, 3, H, W) in [-1, 1]."""
+        latents = latents.to(self.device, self.vae.dtype)
         images = self.vae.decode(latents, tile=256 if self.memory == "low" else None).float()
         if not images.is_meta and not images.isfinite().all():
             raise self._lost(self.vae, partial(self.vae.decode, latents))
@@ -420,6 +430,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] → latents (B, C, h, w): the middle of the cloud that the VAE gives."""
+        check_images(images)  # before a conversion makes whole numbers look like a picture in [-1, 1]
         return self.vae.encode(images.to(self.device, self.vae.dtype)).mean
 
     def latent_size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -430,8 +441,8 @@ class StableDiffusion:
         multiple = factor * 2 ** (len(self.unet.config.channels) - 1)  # the U-Net halves what the VAE left
         if not isinstance(size, list | tuple) or len(size) != 2:
             raise ValueError(f"size must be (height, width) in pixels, got {size!r}")
-        if any(pixels < multiple or pixels % multiple for pixels in size):
-            raise ValueError(f"height and width must be multiples of {multiple}, got {tuple(size)}")
+        if any(not isinstance(pixels, Integral) or pixels < multiple or pixels % multiple for pixels in size):
+            raise ValueError(f"height and width must be whole multiples of {multiple}, got {tuple(size)}")
         return size[0] // factor, size[1] // factor
 
     @property
@@ -458,7 +469,8 @@ def word_maps(pipeline: StableDiffusion, caption: str, *, side: int | None = Non
 
     Returns the picture, the tokens (begin and end included), and a map for each (tokens, side, side): the attention to
     it, averaged over all steps, heads and those layers that work at side × side; by default the finest. `options` are
-    those of a call of the pipeline. (Tang et al. 2023, DAAM.) Defined in chapter 19.
+    those of a call of the pipeline. Raises `ValueError` for a side at which no layer looks at words.
+    (Tang et al. 2023, DAAM.) Defined in chapter 19.
     """
     (ids,) = pipeline.tokenizer([caption]).tolist()
     ids = ids[:ids.index(pipeline.tokenizer.eos_id) + 1]
@@ -479,5 +491,8 @@ def word_maps(pipeline: StableDiffusion, caption: str, *, side: int | None = Non
     finally:
         for hook in hooks:
             hook.remove()
+    if not maps:
+        raise ValueError(f"no layer of this network looks at words at {side}×{side}; for a square picture try the side "
+                         "of its latents or a half of it")
     tokens = [pipeline.tokenizer.decode([number]) or "·" for number in ids]
     return picture, tokens, torch.stack(maps).mean(0).cpu()

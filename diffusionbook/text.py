@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoints import OLD_TRANSFORMERS, Model
+from .checkpoints import OLD_TRANSFORMERS, Model, read_json, write_atomically
 
 # %% ../book/13_text.ipynb #600a5ec6
 def clean_text(text):
@@ -129,6 +129,13 @@ def clip_vocabulary(merges):
 
 def _token_text(token):
     return token["content"] if isinstance(token, dict) else token
+
+
+def _without_merge(vocab, merges):
+    """The symbols of more than one character that no merge makes, without special ones such as `<|endoftext|>`."""
+    made = {"".join(pair) for pair in merges if len(pair) == 2}
+    return [symbol for symbol in vocab if len(symbol.removesuffix(END_OF_WORD)) > 1 and symbol not in made
+            and not regex.fullmatch(r"<.+>", symbol)]
 
 
 class Tokenizer:
@@ -253,41 +260,47 @@ class Tokenizer:
 
     def save_pretrained(self, folder):
         """Write the files from which transformers' CLIPTokenizer gives the same ids."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         special = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": self.eos,
                    "pad_token": self._symbols[self.pad_id]}
         config = {"tokenizer_class": self.saved_class, "model_max_length": self.context_length} | special
         if self.pad == "zero":  # id 0 is also "!": transformers must not take the one in a text for padding
             config["split_special_tokens"] = True
         merges = ["#version: 0.2", *map(" ".join, self.merges)]
-        (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
-        (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
-        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        files = {
+            "vocab.json": json.dumps(self.vocab, ensure_ascii=False), "merges.txt": "\n".join(merges) + "\n",
+            "special_tokens_map.json": json.dumps(special, indent=2),
+            "tokenizer_config.json": json.dumps(config, indent=2),
+        }
+        for name, text in files.items():
+            write_atomically(Path(folder) / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read a folder in the layout of transformers' CLIPTokenizer (two files, or one `tokenizer.json`)."""
+        """Read a folder in the layout of transformers' CLIPTokenizer (two files, or one `tokenizer.json`).
+
+        Raises FileNotFoundError for a folder without a tokenizer, ValueError for another kind or a truncated one.
+        """
         folder = Path(folder)
 
         def read(name):
-            path = folder / name
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            return read_json(folder / name) if (folder / name).exists() else {}
 
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             vocab = read("vocab.json")
             merges = [line for line in lines if line and not line.startswith("#version")]
         elif (folder / "tokenizer.json").exists():
-            model = read("tokenizer.json")["model"]
-            vocab, merges = model["vocab"], model["merges"]
+            model = read("tokenizer.json").get("model", {})
+            vocab, merges = model.get("vocab", {}), model.get("merges", [])
         else:
             raise FileNotFoundError(f"no tokenizer in {folder}: expected vocab.json and merges.txt, "
                                     "or tokenizer.json")
         config = read("special_tokens_map.json") | read("tokenizer_config.json")
         pad = "eos" if _token_text(config.get("pad_token", EOS)) == EOS else "zero"
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
+        if lost := _without_merge(vocab, merges):
+            raise ValueError(f"the tokenizer in {folder} is truncated or of another kind: no merge makes "
+                             f"{len(lost)} of its symbols, such as {lost[0]!r}; download or save it again")
         length = config.get("model_max_length", 77)
         length = length if length < 1e6 else 77  # transformers writes 1e30 for "not known"
         return cls(vocab, merges, context_length=length, pad=pad)
@@ -584,9 +597,12 @@ class TextEncoder(Model):
         """The vector (B, width) of `hidden` at the first end token of each row of `ids`.
 
         With `config.projection` it is projected to (B, projection). Configs in old public files name id 2
-        as the end token; they mean "the largest id in the row".
+        as the end token; they mean "the largest id in the row". Raises `ValueError` for a row without an end.
         """
         is_end = ids if self.config.eos_id == 2 else (ids == self.config.eos_id).int()
+        if not ids.is_meta and not is_end.any(1).all():
+            raise ValueError(f"every row needs an end token, id {self.config.eos_id}, where the text's vector stands; "
+                             "use the tokenizer that belongs to this encoder")
         end = is_end.argmax(1)  # (B,), argmax gives the first of equals
         x = hidden[torch.arange(len(ids), device=ids.device), end]  # (B, width)
         return x if self.config.projection is None else self.text_projection(x)

@@ -10,7 +10,6 @@ __all__ = ['DIGIT_FONTS', 'SAVED', 'generator_for', 'DenoisingLoss', 'warmup_cos
 # %% ../book/08_training.ipynb #580cdc15
 import json
 import math
-import pickle
 import time
 import tomllib
 from collections import Counter
@@ -45,10 +44,10 @@ def _take(dataset, index: Tensor, device):
     """The items of a data set at `index` (B,) as one batch on a device: a tensor, or a dict of tensors."""
     try:
         batch = dataset[index]
-    except (TypeError, KeyError) as error:
+        return {k: v.to(device) for k, v in batch.items()} if isinstance(batch, Mapping) else batch.to(device)
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"dataset[numbers] must give a batch, which {type(dataset).__name__} can't; use a tensor of "
-                         "pictures or a torch.utils.data.StackDataset of tensors") from error
-    return {k: v.to(device) for k, v in batch.items()} if isinstance(batch, Mapping) else batch.to(device)
+                         "pictures or, with names, torch.utils.data.StackDataset(x0=pictures, …)") from error
 
 # %% ../book/08_training.ipynb #649d3980
 @dataclass(frozen=True)
@@ -72,7 +71,11 @@ class DenoisingLoss:
 
     def __call__(self, net: nn.Module, batch, generator: torch.Generator) -> Tensor:
         told = dict(batch) if isinstance(batch, Mapping) else {"x0": batch}
+        if missing := {"x0", *(self.empty or {})} - told.keys():
+            raise ValueError(f"a batch must hold {', '.join(sorted(missing))}, and it has {', '.join(told)}")
         x0 = told.pop("x0")
+        if self.drop and told and not self.empty:
+            raise ValueError(f"drop={self.drop} needs empty, what is told instead of {', '.join(told)}")
         if x0.abs().amax() > 50:
             raise ValueError(f"x0 reaches {x0.abs().amax():.0f}; bring pictures to [-1, 1], latents to deviation 1")
         noise = torch.randn(x0.shape, generator=generator).to(x0)
@@ -88,11 +91,11 @@ class DenoisingLoss:
 def warmup_cosine(step: int, *, steps: int, warmup: int) -> float:
     """The share of the peak learning rate at a step: linear rise over `warmup` steps, then a cosine down to zero.
 
-    Defined in chapter 08.
+    It stays there after `steps`. Defined in chapter 08.
     """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup))))
 
 # %% ../book/08_training.ipynb #d9d73da4
 class EMA:
@@ -171,13 +174,18 @@ def add_gradients(net: nn.Module, dataset, loss, *, seed: int, step: int, batch:
 def mean_loss(net: nn.Module, dataset, loss, *, batch: int = 64, seed: int = 0, bf16: bool = False) -> float:
     """Mean loss over a whole data set, with the same noise at every call: for pictures kept out of training.
 
-    Arguments as in `train`. Defined in chapter 08.
+    The network is in evaluation mode meanwhile. Arguments as in `train`. Raises `ValueError` for an empty data set.
+    Defined in chapter 08.
     """
-    device, total = next(net.parameters()).device, 0.0
+    if not len(dataset):
+        raise ValueError("a mean loss needs at least one picture, got none")
+    device, total, training = next(net.parameters()).device, 0.0, net.training
+    net.eval()
     for part, index in enumerate(torch.arange(len(dataset)).split(batch)):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             value = loss(net, _take(dataset, index, device), generator_for(seed, part))
         total += len(index) * (value[0] if isinstance(value, tuple) else value).item()
+    net.train(training)
     return total / len(dataset)
 
 # %% ../book/08_training.ipynb #8e93d879
@@ -252,9 +260,10 @@ def _restore(folder: Path, net, optimizer, average: EMA) -> tuple[int, float]:
             for name, kept in average.weights.items():
                 kept.copy_(state["average"][name])
             average.updates = state["updates"]
-        except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # there is no list of what a damaged pickle may raise
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{path} is damaged or belongs to another network; choose another folder to begin anew "
-                             f"({str(error).splitlines()[0]})") from error
+                             f"({said})") from error
     if log.exists() and _processes()[0] == 0:
         rows = [line for line in log.read_text(encoding="utf8").splitlines(keepends=True) if line.endswith("}\n")]
         kept = [line for line in rows if json.loads(line)["step"] <= state["step"]]
@@ -270,12 +279,14 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
           evaluate: Callable[[], dict] | None = None, every: int = 200, folder=None, progress: bool = True) -> EMA:
     """Train `net` with AdamW and return the moving average of its weights; `average.swap(net)` puts it in place.
 
-    dataset: what gives a batch for `dataset[numbers]`: a tensor of pictures, or a `StackDataset` of tensors.
+    net: its weights must be float32, or float64.
+    dataset: what gives a batch for `dataset[numbers]`: a tensor of pictures, or a `StackDataset` of named tensors.
     loss: `loss(net, batch, generator)`, one number, or a pair of it and a dict of numbers for the log. It draws all
     chance from the CPU generator. A `NoiseSchedule` stands for `DenoisingLoss(schedule)`, which starts at 1.
     batch: pictures a step, all processes together; accumulate: parts of its share that a process takes one by one.
     weights: (N,) how often each picture is drawn, in proportion; by default all alike.
-    lr, warmup, weight_decay, clip: the learning rate after so many steps of rise, and the largest norm of a gradient.
+    lr, warmup, weight_decay, clip: the learning rate after so many steps of rise, and the largest norm of a gradient
+    (math.inf lets all pass).
     ema: decay of the average. bf16: run the network in bfloat16 where autocast allows.
     at_start: what the first loss should be; half or twice as much is refused.
     evaluate: called every `every` steps, and at the end, with the average in place; its numbers go to the log.
@@ -287,7 +298,15 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
     if isinstance(loss, NoiseSchedule):
         loss, at_start = DenoisingLoss(loss), 1.0
     (rank, world), device = _processes(), next(net.parameters()).device
-    _check_options(steps=steps, every=every, batch=batch, accumulate=accumulate, parts=accumulate * world)
+    _check_options(steps=steps, every=every, batch=batch, accumulate=accumulate, parts=accumulate * world,
+                   pictures=len(dataset))
+    if not clip > 0:
+        raise ValueError(f"clip must be above 0, got {clip}; math.inf lets every gradient pass")
+    if weights is not None and len(weights) != len(dataset):
+        raise ValueError(f"weights must have one entry for each of the {len(dataset)} pictures, got {len(weights)}")
+    if narrow := {p.dtype for p in net.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}:
+        raise ValueError(f"small steps are lost on weights in {narrow.pop()}; train in float32: net.float(), and "
+                         "bf16=True for speed")
     if world > 1:
         for tensor in net.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -302,7 +321,7 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = lr * warmup_cosine(step, steps=steps, warmup=warmup)
+                group.update(lr=lr * warmup_cosine(step, steps=steps, warmup=warmup), weight_decay=weight_decay)
             value, numbers = gradients(step=step)
             norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
             value, norm = torch.stack([value, norm]).tolist()
@@ -321,11 +340,11 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
             if (step + 1) % every == 0 or step + 1 == steps:
                 value, norm = np.mean(recent, axis=0).tolist()
                 row = {"step": step + 1, "seconds": round(time.monotonic() - began), "loss": value, "gradient": norm}
-                row |= {key: float(number) for key, number in numbers.items()}
                 if evaluate:
                     average.swap(net.eval())
-                    row |= evaluate()
+                    numbers = numbers | evaluate()
                     average.swap(net.train())
+                row |= {key: number if isinstance(number, int) else float(number) for key, number in numbers.items()}
                 recent = []
                 if folder and rank == 0:
                     _record(Path(folder), row, net, optimizer, average)
@@ -427,7 +446,7 @@ def read_recipe(path) -> dict[str, dict]:
         raise FileNotFoundError(f"no recipe at {path}; those of the book lie in its folder recipes")
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf8"))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also for what is no text
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     if recipe.keys() != tables:
         found = ", ".join(recipe) or "none"

@@ -136,6 +136,10 @@ class UNetConfig:
 
     def __post_init__(self):
         levels = len(self.channels)
+        counted = (levels, *self.channels, *self.heads, self.layers_per_block, self.in_channels, self.out_channels,
+                   self.groups)
+        if min(counted) < 1:
+            raise ValueError(f"levels, channels, heads, layers_per_block and groups must be at least 1, got {self}")
         if not len(self.attention) == len(self.heads) == levels:
             raise ValueError(
                 f"{levels} levels of channels need {levels} entries of attention and heads, "
@@ -451,7 +455,7 @@ class UNet(Model):
 
         Words are a context (B, M, context_width); `mask` (B, M) is False at those not to listen to. `embedding` is
         added to the time: a vector (B, 4·channels[0]), or whole numbers (B,) for a network with `classes`.
-        Raises `ValueError` for a shape that doesn't fit.
+        Raises `ValueError` for a shape that doesn't fit, a class that there isn't, and words that nobody reads.
         """
         self._check(x, t, context, embedding, mask)
         time = self.time_embedding(self._time(t).to(x.dtype))  # (B, 4·channels[0])
@@ -496,20 +500,26 @@ class UNet(Model):
                 f"got {tuple(x.shape)}"
             )
         count, width = len(x), 4 * config.channels[0]
-        if t.shape != (count,):
-            raise ValueError(f"t must have shape ({count},), one timestep per picture, got {tuple(t.shape)}")
+        if not isinstance(t, torch.Tensor) or t.shape != (count,):
+            got = tuple(t.shape) if isinstance(t, torch.Tensor) else repr(t)
+            raise ValueError(f"t must have shape ({count},), one timestep per picture, got {got}")
         if config.context_width and (context is None or context.ndim != 3 or len(context) != count
                                      or context.shape[2] != config.context_width):
             got = "none" if context is None else tuple(context.shape)
             raise ValueError(f"the context must have shape ({count}, M, {config.context_width}), got {got}")
+        if context is not None and not config.context_width:
+            raise ValueError("this network reads no words, and it was given a context")
         if mask is not None and (context is None or mask.shape != context.shape[:2] or mask.dtype != torch.bool):
             raise ValueError("the mask must be boolean, with one entry for each word of the context")
         if embedding is None:
             return
-        classes = config.classes and not embedding.is_floating_point()
-        if embedding.shape != ((count,) if classes else (count, width)):
+        numbers = not embedding.is_floating_point()
+        if embedding.shape != ((count,) if numbers else (count, width)) or (numbers and not config.classes):
             said = f"({count}, {width})" + (f", or ({count},) of class numbers" if config.classes else "")
-            raise ValueError(f"the embedding must have shape {said}, got {tuple(embedding.shape)}")
+            raise ValueError(f"a floating-point embedding must have shape {said}, got {tuple(embedding.shape)} of "
+                             f"{embedding.dtype}")
+        if numbers and not embedding.is_meta and ((embedding < 0) | (embedding >= config.classes)).any():
+            raise ValueError(f"class numbers must lie in 0…{config.classes - 1}, got {embedding.tolist()}")
 
 
 def _zero(layer: nn.Module) -> None:

@@ -84,6 +84,14 @@ def test_kl_of_half_precision_does_not_overflow():
     assert cloud.kl().item() == pytest.approx(4 * 0.5 * (300**2 + math.exp(20) - 21), rel=1e-5)
 
 
+def test_kl_and_elbo_keep_the_precision_that_they_are_given():
+    """By finite differences, which float32 is too coarse for."""
+    parts = [torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda mean, logvar: DiagonalGaussian(mean, logvar).kl(), parts[:2])
+    assert torch.autograd.gradcheck(
+        lambda x, mean, logvar: elbo(x, x / 3, DiagonalGaussian(mean, logvar), sigma=0.5), parts)
+
+
 def test_logvar_is_held_in_bounds():
     cloud = DiagonalGaussian(torch.zeros(3), torch.tensor([-1e9, 0.5, 1e9]))
     assert cloud.logvar.tolist() == [-30, 0.5, 20]
@@ -246,6 +254,18 @@ def test_a_mistake_inside_a_tiled_pass_leaves_the_norms_alone():
     assert not block.norm1._forward_hooks and not block.norm1._forward_pre_hooks
 
 
+def test_tiles_carry_no_part_of_a_gradient(vae):
+    z = torch.randn(1, 4, 16, 16, requires_grad=True)
+    cloud = vae.encode(pictures(1, (64, 64)), tile=16)
+    assert not cloud.mean.requires_grad and not cloud.logvar.requires_grad and not vae.decode(z, tile=16).requires_grad
+    assert vae.encode(pictures()).mean.requires_grad and vae.decode(z).requires_grad and torch.is_grad_enabled()
+
+
+def test_one_map_at_a_time_goes_in_tiles():
+    with pytest.raises(ValueError, match=r"one map \(1, C, H, W\) at a time goes in tiles, got \(2, 3, 64, 64\)"):
+        in_tiles(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1)), torch.zeros(2, 3, 64, 64), tile=16)
+
+
 @pytest.mark.parametrize("tile", [0, 15, -64])
 def test_a_tile_that_is_too_small_is_refused(vae, tile):
     with pytest.raises(ValueError, match="at least 16"):
@@ -333,6 +353,7 @@ def test_the_tiny_one_refuses_what_is_not_a_picture(tiny_vae, images, message):
     {"_class_name": "AutoencoderKL"},
     {"act_fn": "silu"},
     {"num_decoder_blocks": [1, 1, 1, 1]},
+    {"out_channels": 4},
     {"decoder_block_out_channels": [64, 64, 64, 32]},
 ])
 def test_other_tiny_ones_are_refused(changes):
@@ -359,6 +380,25 @@ def test_the_tiny_preset():
 def test_what_is_not_a_picture_is_refused(vae, images, message):
     with pytest.raises(ValueError, match=message):
         vae.encode(images)
+
+
+def test_training_refuses_what_encode_refuses(vae):
+    with pytest.raises(ValueError, match="divide by 127.5"):
+        vae(255 * pictures(), torch.zeros(2, 4, 4, 6))
+
+
+@pytest.mark.parametrize("changes", [{"channels": ()}, {"layers_per_block": 0}, {"latent_channels": 0},
+                                     {"scaling_factor": 0.0}, {"scaling_factor": float("nan")}])
+def test_impossible_configs_are_refused(changes):
+    with pytest.raises(ValueError, match="at least 1 of everything, and scaling_factor be positive"):
+        dataclasses.replace(SMALL, **changes)
+
+
+@pytest.mark.parametrize("count, sigma", [(1, 0.3), (2, 0.0), (2, -1.0), (2, float("nan"))])
+def test_elbo_refuses_other_shapes_and_no_spread(count, sigma):
+    cloud = DiagonalGaussian(torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
+    with pytest.raises(ValueError, match="must have one shape, and sigma be positive"):
+        elbo(pictures(2), pictures(count), cloud, sigma=sigma)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 4), (4, 4, 4)])
@@ -393,6 +433,7 @@ def test_unknown_presets_and_other_autoencoders_are_refused():
     {"down_block_types": ["AttnDownEncoderBlock2D"] * 3},
     {"act_fn": "relu"},
     {"latents_mean": [0.1]},
+    {"in_channels": 4},
     {"use_post_quant_conv": False},
 ])
 def test_public_options_that_this_autoencoder_does_not_compute_are_refused(changes):

@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -273,6 +274,47 @@ def test_weights_that_are_not_finite_are_refused(saved, value):
         Small.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("value, dtype", [(float("nan"), None), (float("inf"), None), (1e6, torch.float16)])
+def test_what_could_not_be_loaded_is_not_saved(saved, value, dtype):
+    model, folder = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with torch.no_grad():
+        model.layer.bias[0] = value
+    with pytest.raises(ValueError, match="layer.bias holds NaN or infinity as torch.float.*nothing was saved"):
+        model.save_pretrained(folder, dtype=dtype)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_type_that_is_too_narrow_is_named(saved):
+    model, folder = saved
+    with torch.no_grad():
+        model.layer.bias[0] = 1e6
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="layer.bias holds NaN or infinity as torch.float16"):
+        Small.from_pretrained(folder, dtype=torch.float16)
+    assert Small.from_pretrained(folder, dtype=torch.bfloat16).layer.bias.isfinite().all()
+
+
+def test_two_networks_never_share_weights(saved):
+    model, _ = saved
+    before = model.layer.weight.detach().clone()
+    other = Small(SmallConfig()).load(model.state_dict())
+    with torch.no_grad():
+        other.layer.weight.add_(1)
+    assert torch.equal(model.layer.weight, before) and torch.equal(other.layer.weight, before + 1)
+    with torch.device("meta"):
+        empty = Small(SmallConfig())
+    assert empty.load(other.state_dict()).layer.weight.data_ptr() == other.layer.weight.data_ptr()  # no room wasted
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "null", '{"size": 3}'])
+def test_another_config_is_named(saved, content):
+    _, folder = saved
+    (without_sums(folder) / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json is not the config of a Small"):
+        Small.from_pretrained(folder)
+
+
 def test_other_keys_are_refused(saved):
     model, folder = saved
     state = dict(model.state_dict(), extra=torch.zeros(1))
@@ -438,6 +480,36 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
     (tmp_path / "model.ckpt").write_bytes((tmp_path / "model.ckpt").read_bytes()[:100])
     with pytest.raises(ValueError, match="model.ckpt"):
         read_tensors(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"PK\x03\x04", b"\x80\x02."])
+def test_what_is_no_pickle_is_named(tmp_path, content):
+    (tmp_path / "model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="model.bin .* damaged"):
+        read_tensors(tmp_path / "model.bin")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_pickle_raises_nothing_but_value_errors(tmp_path):
+    path, random = tmp_path / "model.bin", np.random.default_rng(0)
+    torch.save({"w": torch.ones(9)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for _ in range(150):
+        damaged = bytearray(content)
+        for place in random.integers(len(content), size=5):
+            damaged[place] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_tensors(path)
+        except ValueError as error:
+            assert "model.bin" in str(error)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], torch.ones(1), {"state_dict": None}])
+def test_a_pickle_without_names_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="tensors by name were expected"):
+        read_tensors(tmp_path / "model.pt")
 
 
 def test_weights_come_in_shards_in_halves_and_in_older_files(tmp_path):

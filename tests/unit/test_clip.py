@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusionbook import clip as module
@@ -174,6 +175,13 @@ def test_equal_captions_need_no_care():
                                contrastive_loss(image, text, torch.tensor(2.0)))
 
 
+@pytest.mark.parametrize("right", [torch.ones(3, dtype=torch.bool), torch.ones(3, 1, dtype=torch.bool), torch.eye(3)])
+def test_what_is_right_has_an_entry_for_each_pair(right):
+    """A row of booleans would be broadcast, and mean something else."""
+    with pytest.raises(ValueError, match=r"boolean of shape \(3, 3\)"):
+        contrastive_loss(torch.eye(3), torch.eye(3), torch.tensor(1.0), right=right)
+
+
 @pytest.mark.parametrize("image, text, match", [
     ((1, 4), (1, 4), "at least 2, got 1"), ((0, 4), (0, 4), "at least 2, got 0"),
     ((3, 4), (2, 4), r"\(3, 4\) and \(2, 4\)"), ((3, 4), (3, 5), "one shape"),
@@ -274,6 +282,8 @@ def test_retrieval_known_by_hand():
         retrieval(torch.zeros(2, 3), torch.zeros(3, 3))
     with pytest.raises(ValueError, match="pairs"):
         retrieval(torch.zeros(0, 3), torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="NaN"):  # it is no less than anything, and would count as the best
+        retrieval(torch.full((4, 3), torch.nan), torch.ones(4, 3))
 
 
 def test_score(clip, images):
@@ -296,6 +306,8 @@ def test_zero_shot(clip, images):
     for classes in ({}, {"heart": []}):
         with pytest.raises(ValueError, match="at least one"):
             zero_shot(clip, images, classes)
+    with pytest.raises(ValueError, match="'heart' has a string; put it in a list"):  # not a text for each letter
+        zero_shot(clip, images, {"heart": "red heart", "other": WORDS})
 
 
 @pytest.mark.parametrize("images, texts, error, match", [
@@ -304,6 +316,8 @@ def test_zero_shot(clip, images):
     (torch.zeros(0, 3, 16, 16), [], ValueError, "empty"),
     (torch.full((2, 3, 16, 16), 255.0), WORDS[:2], ValueError, r"\[-1, 1\]"),
     (torch.zeros(2, 1, 16, 16), WORDS[:2], ValueError, r"\(B, 3, H, W\)"),
+    (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), WORDS[:2], ValueError, "float tensor.*uint8"),
+    (torch.zeros(2, 3, 16, 16), torch.full((2, 12), 5), ValueError, "end token, id 539"),
     (torch.zeros(2, 3, 16, 16), WORDS, ValueError, "2 images and 3 texts"),
     (torch.zeros(2, 3, 16, 16), [1, 2], TypeError, "must be a string"),
     (torch.zeros(2, 3, 16, 16), torch.full((2, 12), 540), ValueError, r"\[0, 539\]"),
@@ -334,10 +348,27 @@ def test_save_and_load(clip, images, tmp_path):
         CLIP.from_pretrained(tmp_path / "nowhere")
 
 
+def test_weights_in_parts_are_read(clip, images, tmp_path):
+    clip.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "SHA256SUMS").unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        CLIP.from_pretrained(tmp_path)
+    names = {key: f"model-{1 + key.startswith('vision')}-of-2.safetensors" for key in state}
+    for name in set(names.values()):
+        save_file({key: tensor for key, tensor in state.items() if names[key] == name}, tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert torch.equal(CLIP.from_pretrained(tmp_path).score(images, WORDS), clip.score(images, WORDS))
+
+
 def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no state dict"):
         CLIP.from_pretrained(tmp_path / "bad.pt")
+    save_file({"visual.conv1.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "RN50.safetensors")
+    with pytest.raises(ValueError, match="RN50.safetensors holds no CLIP that sees by a vision transformer"):
+        CLIP.from_pretrained(tmp_path / "RN50.safetensors")
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="open_clip_model.safetensors"):
         CLIP.from_pretrained(tmp_path)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusionbook.dalle import DallE, DalleConfig, DalleTransformer, from_gpt2, keep_likely, sample_codes, to_gpt2
+from diffusionbook.data import to_pil
 from diffusionbook.dvae import DVAE, DVAEConfig
 from diffusionbook.text import train_bpe
 
@@ -95,6 +96,15 @@ def test_padding_does_not_count(net, ids):
     text, _ = net(row, random_codes(1))
     expected = F.cross_entropy(text[0, : length - 1], row[0, 1:length])
     assert net.loss(row, random_codes(1))[1]["text"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_any_filling_after_the_end_does_not_count(net, ids):
+    """Tokenizers fill up with the end (the public ones of Stable Diffusion 1) or with zeros (OpenAI's)."""
+    ended = (ids == 539).cumsum(1)
+    zeros = ids.masked_fill((ended > 1) | ((ended == 1) & (ids != 539)), 0)
+    assert (zeros == 0).any()
+    found, expected = (net.loss(row, random_codes(len(ids)))[1]["text"].item() for row in (zeros, ids))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradients_reach_every_parameter(ids):
@@ -244,6 +254,8 @@ def test_a_completed_picture_keeps_its_upper_rows(pipeline):
     assert torch.allclose(kept, untouched, atol=1e-6)
     done = pipeline.complete(image, WORDS[0], n=2, seed=7, progress=False, output="tensor")
     assert done.shape == (2, 3, 16, 16) and not torch.allclose(done[0], done[1], atol=0.05)
+    same = pipeline.complete(to_pil(image)[0], WORDS[0], n=2, seed=7, progress=False)
+    assert len(same) == 2 and same[0].size == (16, 16)
     start = codes.flatten(1)[:, :8].expand(2, -1)
     ids, empty = pipeline.tokenizer([WORDS[0]] * 2), pipeline.tokenizer([""])
     expected = sample_codes(pipeline.transformer, ids, start=start, unconditional=empty, guidance=3.0, seed=7,
@@ -275,6 +287,8 @@ def test_a_folder_without_a_transformer_is_refused(pipeline, tmp_path):
     ({"n": 0}, "at least 1"), ({"output": "png"}, '"pil" or "tensor"'), ({"temperature": 0}, "positive"),
     ({"guidance": math.nan}, "finite"), ({"top_k": 0}, "top_k"), ({"candidates": 3}, "needs rerank"),
     ({"n": 4, "rerank": LikesBright(), "candidates": 3}, "at least n=4"),
+    ({"rerank": LikesBright(), "candidates": 0}, "at least n=1"),
+    ({"seed": -1}, "the seed must lie in"), ({"seed": 2**70}, "the seed must lie in"),
 ])
 def test_impossible_wishes_are_refused(pipeline, options, message):
     with pytest.raises(ValueError, match=message):

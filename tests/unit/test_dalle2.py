@@ -20,6 +20,7 @@ from diffusionbook.dalle2 import (
     slerp,
 )
 from diffusionbook.denoising import Condition, Denoiser
+from diffusionbook.glide import Glide
 from diffusionbook.prior import DiffusionPrior, PriorConfig
 from diffusionbook.samplers import sample
 from diffusionbook.schedules import NoiseSchedule
@@ -196,6 +197,19 @@ def test_without_the_prior_it_is_glide(tiny):
     assert torch.equal(painted[..., :8], image[..., :8]) and (painted - image)[..., 8:].abs().mean() > 0.1
 
 
+def test_glide_has_no_finisher(tiny):
+    parts = {name: getattr(tiny, name) for name in ("text_encoder", "tokenizer", "prior", "text_projection", "decoder")}
+    whole = DallE2(**parts, upsampler=tiny.upsampler, finisher=tiny.upsampler.network)
+    with pytest.raises(ValueError, match=r"no finisher; paint\(None, captions\)"):
+        whole.without_prior()
+
+
+def test_glide_without_parts_of_its_own_is_not_half_saved(tiny, tmp_path):
+    with pytest.raises(ValueError, match="CaptionOnly, can't be saved by itself; save the pipeline"):
+        tiny.without_prior().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_stages_draw_different_noise(tiny):
     seen = {}
     tiny.paint(None, ["pizza"], steps=2, on_step=lambda i, x, answer: seen.setdefault(i, x))
@@ -213,6 +227,21 @@ def test_the_stages_draw_different_noise(tiny):
 def test_impossible_wishes(tiny, wish, message):
     with pytest.raises(ValueError, match=message):
         tiny(**{"steps": 2, "prior_steps": 2, "progress": False} | wish)
+
+
+@pytest.mark.parametrize("method, arguments, options, message", [
+    ("paint", (None, ["pizza"]), {"output": "PIL"}, 'output "pil" or "tensor", got \'PIL\''),
+    ("variations", (torch.zeros(3, 3, 16, 16),), {}, "got 3 pictures, 4 times"),
+    ("variations", (torch.zeros(1, 3, 16, 16),), {"n": 0}, "got 1 pictures, 0 times"),
+    ("interpolate", (torch.zeros(2, 3, 16, 16), Image.new("RGB", (16, 16))), {}, "got 2 pictures, 8 times"),
+    ("interpolate", (Image.new("RGB", (16, 16)),) * 2, {"steps": 0}, "got 1 pictures, 0 times"),
+    ("text_diff", ([Image.new("RGB", (16, 16))] * 2, "pizza", "red"), {}, "got 2 pictures, 8 times"),
+    ("encode", (torch.zeros(1, 3, 16, 32),), {}, "must be square, got 16×32"),
+    ("encode", (torch.zeros(1, 3, 16, 16, dtype=torch.uint8),), {}, "float tensor.*uint8"),
+])
+def test_what_would_be_misread_is_refused(tiny, method, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(tiny, method)(*arguments, **options)
 
 
 def test_parts_that_do_not_belong_together(tiny):
@@ -280,6 +309,8 @@ def test_a_pipeline_that_sees_nothing_says_so(tiny):
     with pytest.raises(ValueError, match=r"\[-1, 1\]"):
         tiny.variations(100 * pictures(1))
     assert blind("pizza", **QUICK).shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="no upsampler"):
+        blind.enlarge(pictures(1, 8))
 
 
 def test_enlarged_pictures_keep_their_colours():
@@ -311,6 +342,20 @@ def test_an_upsampler_that_learned_from_bilinear_pictures(tiny, tmp_path):
     assert (again.enlarge(pictures(1, 8), steps=2) - other.enlarge(pictures(1, 8), steps=2)).abs().max() < 2 / 255
 
 
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_half_precision(tiny, tmp_path, bilinear):
+    parts = {name: getattr(tiny, name) for name in ("text_encoder", "tokenizer", "prior", "text_projection", "decoder")}
+    DallE2(**parts, upsampler=tiny.upsampler, bilinear=bilinear, clip=tiny.clip).save_pretrained(tmp_path)
+    again = DallE2.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {network.dtype for network in again._networks()} == {torch.bfloat16}
+    images = again("pizza", **QUICK | {"steps": 1, "prior_steps": 1, "candidates": 1})
+    assert images.shape == (1, 3, 16, 16) and images.dtype == torch.float32 and images.isfinite().all()
+    code = again.encode(pictures(1), steps=1)
+    assert all(part.dtype == torch.bfloat16 and part.isfinite().all() for part in code)
+    glide = Glide.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert glide.base.network.dtype == glide.upsampler.network.dtype == torch.bfloat16
+
+
 def test_public_folders_keep_the_two_halves_of_clip_apart(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     (tmp_path / "clip").rename(tmp_path / "image_encoder")
@@ -334,6 +379,10 @@ def test_what_is_missing_is_named(tiny, tmp_path):
         DallE2.from_pretrained(tmp_path)
     (tmp_path / "prior-ckpt-step=1.ckpt").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="decoder-ckpt"):
+        DallE2.from_pretrained(tmp_path)
+    for name in ("decoder-ckpt-step=1.ckpt", "improved-sr-ckpt-step=1.ckpt", "ViT-L-14_stats.th"):
+        (tmp_path / name).write_bytes(b"not a zip")
+    with pytest.raises(ValueError, match="ViT-L-14_stats.th is damaged"):
         DallE2.from_pretrained(tmp_path)
 
 

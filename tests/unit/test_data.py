@@ -85,6 +85,31 @@ def test_grey_pictures_get_three_equal_channels():
     assert torch.allclose(tensor, torch.full((1, 3, 2, 2), 51 / 127.5 - 1))
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_are_refused_and_not_cut_off(dtype):
+    picture = Image.fromarray(np.full((4, 4), 30_000, dtype))
+    for use in (from_pil, lambda picture: image_grid([picture])):
+        with pytest.raises(ValueError, match="8 bits per colour, got PIL's mode"):
+            use(picture)
+
+
+@pytest.mark.parametrize("other, name", [(np.zeros((2, 4, 3), np.uint8), "ndarray"), ("cat.png", "str"),
+                                         (torch.zeros(1, 3, 4, 4), "Tensor")])
+def test_other_things_are_not_pictures(other, name):
+    with pytest.raises(ValueError, match=f"must be PIL images, got {name}; Image.open or Image.fromarray"):
+        from_pil(other)
+
+
+def test_photographs_stand_upright():
+    picture = Image.new("RGB", (4, 2))
+    picture.putpixel((0, 0), (255, 255, 255))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # orientation: show it turned by 90 degrees
+    picture.save(file := io.BytesIO(), "PNG", exif=exif)
+    tensor = from_pil(Image.open(file))
+    assert tensor.shape == (1, 3, 4, 2) and tensor[0, 0, 0, 1] == 1 and tensor.sum() == 3 * (1 - 7)
+
+
 def test_size_keeps_the_middle():
     picture = np.zeros((8, 16, 3), np.uint8)
     picture[:, 4:12] = 255  # a white square between two black margins
@@ -149,6 +174,12 @@ def test_image_grid_takes_tensors_and_starts_a_new_row_after_eight():
     assert sheet.getpixel((0, 4)) == (255,) * 3 and sheet.getpixel((31, 0)) == (223,) * 3
     with pytest.raises(ValueError, match="at least one"):
         image_grid([])
+    with pytest.raises(ValueError, match=r"one size, got \[\(4, 4\), \(8, 4\)\]"):
+        image_grid([Image.new("RGB", (8, 4)), Image.new("RGB", (4, 4))])
+
+
+def test_image_grid_shows_transparency_as_white():
+    assert image_grid([Image.new("RGBA", (1, 1), (0, 0, 0, 0))]).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_film_plays_its_pictures_in_order_and_rests_on_the_last():
@@ -334,7 +365,7 @@ def test_smaller_pictures_are_averages_of_the_large_ones():
 def test_unknown_splits_and_sizes_are_refused():
     with pytest.raises(ValueError, match="train, validation, object_style, tone_style"):
         emoji("test")
-    for size in (0, 65):
+    for size in (0, 65, 32.0):
         with pytest.raises(ValueError, match="1…64"):
             emoji(size=size)
 

@@ -145,6 +145,8 @@ def test_unknown_targets_are_refused():
     for function in (target, to_prediction):
         with pytest.raises(ValueError, match='"epsilon", "x0", "v", "flow", got \'eps\''):
             function(x0, noise, 3, schedule=SCHEDULE, prediction="eps")
+    with pytest.raises(ValueError, match="got 'eps'"):
+        Denoiser(lambda x, t: x, SCHEDULE, "eps")  # before anybody waits for the network
 
 
 # The denoiser
@@ -302,6 +304,16 @@ def test_the_exact_denoiser_knows_nothing_without_signal_and_all_with_little_noi
     torch.testing.assert_close(near.x0, data)
 
 
+def test_the_exact_denoiser_takes_half_precision_and_no_bytes():
+    data = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).half()
+    answer, exact = exact_denoiser(data, SCHEDULE)(data, 50), exact_denoiser(data.double(), SCHEDULE)(data.double(), 50)
+    assert answer.x0.dtype == torch.float16
+    torch.testing.assert_close(answer.x0.double(), exact.x0, rtol=1e-3, atol=1e-3)
+    for bad in (torch.zeros(0, 2), torch.zeros(3, 2, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="floating-point tensor .* of at least one picture"):
+            exact_denoiser(bad, SCHEDULE)
+
+
 def test_no_answer_has_less_error_than_the_exact_one():
     data, generator = torch.tensor([[-1.0], [0.2], [1.5]], dtype=torch.float64), torch.Generator().manual_seed(2)
     x0 = data[torch.randint(3, (20_000,), generator=generator)]
@@ -349,8 +361,28 @@ def test_twice_the_channels_are_prediction_and_variance():
     x, value = batch()
     answer = Denoiser(lambda x, t: torch.cat([2 * x, value], dim=1), SCHEDULE)(x, 5)
     assert torch.allclose(answer.eps, 2 * x) and torch.allclose(answer.variance_mix, (value + 1) / 2)
-    with pytest.raises(ValueError, match="answer 2 channels with as many, or with twice as many .* got 3"):
+    with pytest.raises(ValueError, match=r"answer 2 channels with as many, or with twice .* got \(3, 3, 4, 4\)"):
         Denoiser(lambda x, t: torch.cat([x, x[:, :1]], dim=1), SCHEDULE)(x, 5)
+
+
+@pytest.mark.parametrize("part", [(slice(1),), (..., slice(1), slice(1)), (..., slice(2))])
+def test_answers_of_another_size_are_refused_and_not_repeated(part):
+    x, noise = batch()
+    with pytest.raises(ValueError, match=r"keep the rest of the shape \(3, 2, 4, 4\)"):
+        Denoiser(lambda x, t: x[part], SCHEDULE)(x, 5)
+    with pytest.raises(ValueError, match=r"keep the rest of the shape \(3, 2, 4, 4\)"):
+        diffusion_loss(lambda x, t: x[part], x, noise, torch.tensor([1, 2, 3]), schedule=SCHEDULE)
+
+
+def test_whole_numbers_are_no_noisy_pictures():
+    with pytest.raises(ValueError, match="x must be floating point, got torch.uint8"):
+        Denoiser(lambda x, t: x / 2, SCHEDULE)(torch.ones(1, 2, 4, 4, dtype=torch.uint8), 5)
+
+
+def test_the_bound_wants_whole_times():
+    x0, noise = batch()
+    with pytest.raises(ValueError, match="t must be whole"):
+        variational_bound(Prediction(x0, noise), x0, noise, torch.tensor([1, 2.5, 3]), schedule=SCHEDULE)
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, FLOW], ids=repr)

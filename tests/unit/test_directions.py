@@ -105,6 +105,10 @@ def test_gradient_of_the_weights(d):
     ([[1.0, 2.0], [2.0, 1.0]], "positive definite"),
     ([[0.0, 0.0], [0.0, 0.0]], "positive definite"),
     ([[float("nan"), 0.0], [0.0, 1.0]], "positive definite"),
+    ([[float("inf"), 0.0], [0.0, 1.0]], "finite"),
+    ([[1.0, 0.9], [0.0, 1.0]], "symmetric; average it with its transpose"),
+    ([[1e-6, 0.0], [1e-7, 1e-6]], "symmetric"),
+    ([[1.0, float("nan")], [0.0, 1.0]], "symmetric"),
     ([[1.0]], "shape"),
     ([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], "shape"),
 ])
@@ -339,7 +343,7 @@ def test_more_bad_options():
             enhance(np.full((8, 8), np.nan), 1.0)
         with pytest.raises(ValueError, match="empty"):
             enhance(np.zeros((0, 8)), 1.0)
-        with pytest.raises(ValueError, match="shape"):
+        with pytest.raises(ValueError, match="2 or 3 axes of space, got 1"):
             enhance(np.arange(9.0), 1.0)  # one axis has no directions
 
 
@@ -381,6 +385,21 @@ def test_edge_enhancement_takes_the_noise_off_the_edge_itself():
     assert ours[edge].std() < 0.75 * scalar[edge].std()
 
 
+@pytest.mark.parametrize("dtype, white", [("uint8", 255), ("uint16", 60_000), ("float32", 1e6), ("float64", 1)])
+def test_edges_without_noise_stay(dtype, white):
+    """Every slope counts as an edge then, and the squares of so many contrasts must not overflow."""
+    half = np.zeros((16, 16), dtype)
+    half[:, 8:] = white
+    assert np.abs(edge_enhance(half, 2.0) / white - half / white).max() < 0.02
+
+
+@pytest.mark.parametrize("contrast", [1e-6, 1e-12])
+def test_a_contrast_far_below_all_slopes_gives_the_same_in_single_precision(contrast):
+    half = np.zeros((16, 16), np.float32)
+    half[:, 8:] = 255
+    assert np.abs(edge_enhance(half, 2.0, contrast=contrast) - half).max() < 5
+
+
 # --- the way over from MATLAB --------------------------------------------------------------------
 @pytest.mark.parametrize("shape, connectivity, each", [
     ((41, 41), "minimal", 1 / 5), ((41, 41), "maximal", 2 / 7),
@@ -415,7 +434,8 @@ def test_it_keeps_range_and_mean(seed, shape, connectivity, threshold):
 
 def test_defaults_follow_the_type():
     u = np.random.default_rng(0).integers(0, 256, (20, 20)).astype(np.uint8)
-    for image, threshold in [(u, 25.5), (u.astype(np.uint16), 6553.5), (u.astype(np.int16), 6553.5), (u / 255, 0.1)]:
+    for image, threshold in [(u, 25.5), (u.astype(np.uint16), 6553.5), (u.astype(np.int16), 6553.5), (u / 255, 0.1),
+                             (u[::-1, ::2], 25.5), (u.astype(">i2"), 6553.5), (u > 99, 0.1)]:
         a, b = like_imdiffusefilt(image), like_imdiffusefilt(image, gradient_threshold=threshold, iterations=5)
         assert (a.image == b.image).all() and a.time == pytest.approx(10 / 7)
     tensor = like_imdiffusefilt(torch.tensor(u / 255))

@@ -263,6 +263,12 @@ def test_temperature_and_kl_weight_follow_the_step():
     assert seen == pytest.approx([1, 0.625, 0.25, 0.25])
 
 
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 9, "coldest": 0.0}, {"steps": 9, "coldest": 2.0}])
+def test_a_cooling_that_makes_no_sense_is_refused(options):
+    with pytest.raises(ValueError, match="steps must be at least 1 and coldest"):
+        Annealed(build(DVAE), **options)
+
+
 def test_training_counts_its_steps_and_goes_on_after_an_interruption(tmp_path):
     images = pictures(8, (16, 16))
     once = Annealed(build(DVAE), steps=6)
@@ -349,6 +355,12 @@ def test_perplexity(codes, count, expected):
 def test_perplexity_lies_between_one_and_the_kinds_in_use(codes):
     value = perplexity(torch.tensor(codes), 10)
     assert 1 - 1e-9 <= value <= len(set(codes)) + 1e-9
+
+
+@pytest.mark.parametrize("codes", [torch.tensor([0, 4]), torch.tensor([-1, 0]), torch.tensor([0.5, 1.0])])
+def test_what_is_not_a_code_has_no_perplexity(codes):
+    with pytest.raises(ValueError, match=r"must be int64 and lie in \[0, 3\]"):
+        perplexity(codes, 4)
 
 
 def test_no_codes_have_no_perplexity():

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -81,6 +82,19 @@ def test_several_pictures_and_captions(tiny, picture):
     assert found[0].info["edit"] == "img2img, strength 0.6" and found[0].info["caption"] == CAPTION
 
 
+def test_options_of_a_call_reach_guidance_and_captions(painter, picture):
+    """rescale and clip_skip are the denoiser's, not the sampler's."""
+    control = ControlNet.beside(painter.unet, hint_channels=(8, 16, 16, 32))
+    edits = {"img2img": partial(painter.img2img, picture, CAPTION, strength=1.0),
+             "inpaint": partial(painter.inpaint, picture, half_mask(), CAPTION),
+             "control": partial(painter.with_controlnet(control), CAPTION, torch.zeros(1, 3, 64, 64))}
+    for name, edit in edits.items():
+        plain = edit(guidance=5, **FAST)
+        assert (edit(guidance=5, rescale=0.9, clip_skip=0, **FAST) - plain).abs().mean() > 1e-4, name
+        with pytest.raises(ValueError, match="skip must lie in"):
+            edit(clip_skip=1, **FAST)  # there is one block only
+
+
 @pytest.mark.parametrize("options, message", [
     ({"strength": 0.0}, "strength must lie"), ({"strength": 1.2}, "strength must lie"),
     ({"strength": 0.1}, "leave at least one step of 4"),
@@ -137,12 +151,16 @@ def test_nine_channels_see_mask_and_picture(tiny, picture):
     assert torch.allclose(seen[-1][1, 5:], painter.encode(masked)[0], atol=1e-5)
 
 
-def test_masks_are_checked():
+def test_masks_are_checked(tiny, picture):
     assert as_mask(half_mask(), (64, 64)).unique().tolist() == [0.0, 1.0]
     drawn = Image.fromarray((half_mask().numpy() * 255).astype(np.uint8))
     assert torch.equal(as_mask(drawn, (64, 64))[0, 0], half_mask())
     with pytest.raises(ValueError, match=r"size of the picture, \(64, 64\), got \(1, 1, 32, 64\)"):
         as_mask(torch.zeros(32, 64), (64, 64))
+    with pytest.raises(ValueError, match="a PIL picture or a tensor, got ndarray"):
+        as_mask(half_mask().numpy(), (64, 64))
+    with pytest.raises(ValueError, match="3 masks don't go with 2 pictures"):
+        tiny.inpaint(picture, torch.ones(3, 1, 64, 64), CAPTION, n=2, **FAST)
 
 
 # Inversion and words
@@ -175,6 +193,8 @@ def test_the_second_caption_looks_where_the_first_looks(tiny):
     same = edit_words(tiny, CAPTION, CAPTION, share=1.0, **FAST)
     assert torch.allclose(same[0], same[1], atol=1e-6)
     assert not any(module._forward_hooks for module in tiny.unet.modules())
+    told, _ = edit_words(tiny, CAPTION, "pizza", seed=3, steps=1, progress=False)
+    assert told.info["seed"] == "3"
 
 
 def test_a_film_goes_from_caption_to_caption(tiny):
@@ -184,6 +204,9 @@ def test_a_film_goes_from_caption_to_caption(tiny):
     assert torch.allclose(film[3:], tiny("pizza", seed=2, **FAST), atol=1e-4)
     steps = (film[1:] - film[:-1]).abs().mean((1, 2, 3))
     assert steps.max() < (film[-1] - film[0]).abs().mean()
+    for captions, frames in (("pizza", 3), (["pizza"], 3), ([CAPTION, "pizza"], 0)):
+        with pytest.raises(ValueError, match="a list of two captions or more"):
+            prompt_film(tiny, captions, frames=frames, **FAST)
 
 
 # LoRA
@@ -218,6 +241,29 @@ def test_merging_is_the_same_as_adding(painter, targets):
         merged = say()
     assert (added - merged).abs().max() <= 1e-5 * added.abs().max()
     assert painter.unet.state_dict().keys() == UNet(unet.config).state_dict().keys()
+
+
+def test_what_is_merged_is_what_was_attached(painter, tmp_path):
+    filled(LoRA(painter, rank=2)).save(tmp_path / "lora.safetensors")
+    lora = painter.load_lora(tmp_path / "lora.safetensors", scale=0.3)
+    attached = painter(CAPTION, **FAST)
+    lora.merge()
+    assert torch.allclose(painter(CAPTION, **FAST), attached, atol=1e-3)
+
+
+def test_what_is_no_lora_is_refused(painter, tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        painter.load_lora(tmp_path / "empty.safetensors")
+    lora = filled(LoRA(painter, rank=2))
+    with torch.no_grad():
+        next(lora.parameters())[0, 0] = torch.nan
+    lora.save(tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match="holds NaN"):
+        painter.load_lora(tmp_path / "nan.safetensors")
+    assert not any(module._forward_hooks for module in painter.unet.modules())
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        LoRA(painter, rank=0)
 
 
 @pytest.mark.parametrize("alpha", [None, 1.0])
@@ -306,13 +352,17 @@ def test_a_lora_learns(painter, picture):
             noisy = painter.schedule.add_noise(latents, noise, 500)
             return (painter.denoiser(["pizza"], guidance=1)(noisy, 500).x0 - latents).square().mean().item()
 
-    untrained = error()
+    untrained, chance = error(), torch.get_rng_state()
     lora = train_lora(painter, [picture], ["pizza"], steps=30, batch=4, progress=False)
+    assert torch.equal(torch.get_rng_state(), chance)  # nobody else's dice are thrown
+    assert all(p.requires_grad and p.grad is None for p in painter.unet.parameters())
     trained = error()
     assert trained < 0.95 * untrained
     lora.detach()
     assert error() == pytest.approx(untrained)
     assert all(torch.equal(p, before[name]) for name, p in painter.unet.state_dict().items())
+    with pytest.raises(ValueError, match="2 pictures don't go with 3 captions"):
+        train_lora(painter, [picture] * 2, ["pizza"] * 3, progress=False)
 
 
 # A new word
@@ -329,6 +379,8 @@ def test_a_new_word_has_its_own_vector(painter):
         add_word(painter, "two words", torch.ones(16))
     with pytest.raises(ValueError, match=r"shape \(16,\), got \(8,\)"):
         add_word(painter, "other", torch.ones(8))
+    with pytest.raises(ValueError, match="NaN"):
+        add_word(painter, "other", torch.full((16,), torch.nan))
 
 
 def test_a_word_is_learned_and_nothing_else_changes(painter, picture):
@@ -337,6 +389,17 @@ def test_a_word_is_learned_and_nothing_else_changes(painter, picture):
     table = painter.text_encoder.embeddings["token_embedding"].weight
     assert torch.equal(table[-1], vector) and torch.equal(table[:-1], before["embeddings.token_embedding.weight"])
     assert (vector - table[painter.tokenizer.encode("pizza")].mean(0)).abs().max() > 1e-4
+    assert all(p.requires_grad for p in painter.unet.parameters())
+
+
+@pytest.mark.parametrize("options", [{"like": ""}, {"like": " "}, {"like": "pizza", "caption": "a creature"}])
+def test_a_word_needs_a_place_and_a_start(painter, picture, options):
+    """Without a place it would learn nothing, without a start it would be NaN."""
+    with pytest.raises(ValueError, match="caption needs {} where the word goes, and like a word"):
+        learn_word(painter, [picture], "zorb", progress=False, **options)
+    with pytest.raises(ValueError, match="multiples of"):
+        learn_word(painter, [picture.resize((60, 60))], "zorb", like="pizza", progress=False)
+    assert not painter.tokenizer.added  # nothing half learned
 
 
 # ControlNet
@@ -373,6 +436,21 @@ def test_a_trained_controlnet_minds_its_hint_and_its_strength(painter):
     assert paint(CAPTION, to_pil(hints[:1] * 2 - 1)[0], steps=4, progress=False)[0].info["edit"].startswith("control")
 
 
+@pytest.mark.parametrize("hint, message", [
+    (torch.full((1, 3, 64, 64), 255, dtype=torch.uint8), "float tensor .*uint8"),
+    (torch.full((1, 3, 64, 64), 255.0), r"must lie in \[0, 1\].*got \[255, 255\]"),
+    (-torch.ones(1, 3, 64, 64), "add 1 and divide by 2"),
+    (torch.full((1, 3, 64, 64), torch.nan), "without NaN"),
+    (torch.zeros(1, 1, 64, 64), r"\(1, 1, 64, 64\)"),
+    (torch.zeros(2, 3, 64, 64), "3 pictures need one hint or as many"),
+    (torch.zeros(1, 3, 60, 64), "multiples of 16"),
+])
+def test_hints_are_checked(painter, hint, message):
+    paint = painter.with_controlnet(ControlNet.beside(painter.unet, hint_channels=(8, 16, 16, 32)))
+    with pytest.raises(ValueError, match=message):
+        paint(["pizza"] * 3, hint, **FAST)
+
+
 def test_a_controlnet_for_another_network_is_refused(painter):
     other = ControlNet(ControlNetConfig(unet=replace(painter.unet.config, channels=(24, 32), groups=8)))
     with pytest.raises(ValueError, match=r"another U-Net: channels is \(24, 32\) there and \(16, 24\) here"):
@@ -395,6 +473,7 @@ def test_edges_are_white_lines():
     edges = edge_map(picture)
     assert edges.shape == (1, 3, 32, 32) and edges.unique().tolist() == [0.0, 1.0]
     assert edges[0, 0, 16, 6:10].any() and not edges[0, 0, 12:20, 12:20].any()
+    assert torch.equal(edge_map(from_pil(picture).bfloat16().requires_grad_()), edges)
 
 
 def test_controlnet_of_stable_diffusion_on_meta():

@@ -202,6 +202,12 @@ def test_fed_steps_add_up(n):
     assert len(fed_steps(0.9999 * t, 0.25)) == n and len(fed_steps(1.0001 * t, 0.25)) == n + 1
 
 
+@pytest.mark.parametrize("t", [-1, math.inf, math.nan])
+def test_fed_steps_refuse_other_times(t):
+    with pytest.raises(ValueError, match="t must be a finite time"):
+        fed_steps(t, 0.25)
+
+
 def test_fed_order_saves_float32():
     """155 steps in one cycle of t = 2000: the order of growing steps overflows, Leja order stays near the truth."""
     u = torch.from_numpy(noise_like((1, 1, 64, 64), dtype=np.float32))

@@ -266,6 +266,7 @@ def test_the_public_layout_there_and_back():
 @pytest.mark.parametrize("ids, message", [
     (torch.zeros(1, 13, dtype=torch.int64), "1 ≤ L ≤ 12"),
     (torch.zeros(1, 3), "int64"),
+    (torch.zeros(0, 3, dtype=torch.int64), "B ≥ 1"),
     (torch.full((1, 3), 540), r"\[0, 539\], got \[540, 540\]"),
 ])
 def test_unfit_ids_are_refused(ids, message):
@@ -412,6 +413,22 @@ def test_unfit_pictures_and_masks_are_refused(pipe, image, mask, message):
         pipe.inpaint(image, mask, "pizza", **FAST)
 
 
+@pytest.mark.parametrize("mask, message", [
+    (torch.ones(2, 1, 16, 16, dtype=torch.bool), r"16×16, got torch.bool \(2, 1, 16, 16\)"),
+    (Image.new("L", (16, 16)), "a tensor with one entry per pixel, 16×16, got Image"),
+])
+def test_a_mask_is_one_boolean_tensor(pipe, mask, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.inpaint(torch.zeros(1, 3, 16, 16), mask, "pizza", **FAST)
+
+
+def test_impossible_steps_of_the_upsampler_are_refused_before_the_base_works():
+    pipe = tiny()
+    pipe.base.network.register_forward_pre_hook(lambda *_: pytest.fail("the base was asked"))
+    with pytest.raises(ValueError, match="1…1000"):
+        pipe("pizza", **FAST | {"upsampler_steps": 1001})
+
+
 def test_networks_in_the_wrong_place_are_refused(pipe):
     with pytest.raises(ValueError, match="the base must see 3 channels"):
         Glide(base=pipe.upsampler, conditioner=None)
@@ -432,6 +449,10 @@ def test_saved_and_loaded(pipe, tmp_path):
     assert again.upsampler.schedule.to_config() == pipe.upsampler.schedule.to_config()
     with pytest.raises(FileNotFoundError, match="holds no GLIDE"):
         Glide.from_pretrained(tmp_path / "base")
+    half = Glide.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half.conditioner.tokenizer = half.upsampler_conditioner.tokenizer = Words()
+    parts = (half.base.network, half.upsampler.network, half.conditioner, half.upsampler_conditioner)
+    assert {part.dtype for part in parts} == {torch.bfloat16} and half("pizza", **FAST).dtype == torch.float32
 
 
 def test_a_tokenizer_is_saved_with_the_text_model(tmp_path):
@@ -449,7 +470,7 @@ def test_the_miniature_is_a_dalle2_without_its_prior(pipe, tmp_path, monkeypatch
         def without_prior(self):
             return pipe
 
-    monkeypatch.setattr(dalle2.DallE2, "from_pretrained", lambda folder: asked.append(folder) or Cascade())
+    monkeypatch.setattr(dalle2.DallE2, "from_pretrained", lambda folder, **options: asked.append(folder) or Cascade())
     (tmp_path / "decoder").mkdir()
     assert Glide.from_pretrained(tmp_path) is pipe and asked == [tmp_path]
 
@@ -496,11 +517,14 @@ def test_weights_of_another_model_are_refused(pipe, tmp_path, small_presets):
     state = public(pipe.base, pipe.conditioner)
     with pytest.raises(FileNotFoundError, match="base.pt is missing"):
         load_glide(tmp_path / "base.pt")
-    (tmp_path / "base.pt").write_bytes(b"not a zip")
-    with pytest.raises(ValueError, match="damaged"):
-        load_glide(tmp_path / "base.pt")
+    torch.save(state, tmp_path / "base.pt")
+    whole = (tmp_path / "base.pt").read_bytes()
+    for content, message in ((b"not a zip", "not opened"), (whole[:-99], "damaged|not opened")):
+        (tmp_path / "base.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=f"base.pt .*({message})"):
+            load_glide(tmp_path / "base.pt")
     torch.save({"model": state}, tmp_path / "base.pt")
-    with pytest.raises(ValueError, match="state dict"):
+    with pytest.raises(ValueError, match="doesn't hold GLIDE's weights"):
         load_glide(tmp_path / "base.pt")
     torch.save(pipe.base.network.state_dict(), tmp_path / "base.pt")
     with pytest.raises(ValueError, match="doesn't hold GLIDE's weights"):

@@ -72,6 +72,12 @@ def test_odd_widths_are_refused():
         sinusoid(torch.tensor([1]), 7)
 
 
+def test_a_shift_that_leaves_no_frequency_is_refused():
+    with pytest.raises(ValueError, match="a shift of 1 needs a width above 2, got 2"):
+        sinusoid(torch.tensor([3.0]), 2, shift=1)
+    assert sinusoid(torch.tensor([3.0]), 4, shift=1).isfinite().all()
+
+
 def test_time_embedding_is_linear_swish_linear():
     layer, x = TimeEmbedding(4, 6), torch.randn(3, 4)
     h = x @ layer.linear_1.weight.T + layer.linear_1.bias
@@ -149,6 +155,20 @@ def test_residual_blocks_that_make_no_sense_are_refused():
         ResidualBlock(8, 8, groups=4, scale_shift=True)
     with pytest.raises(ValueError, match='"down", "up" or None, got \'sideways\''):
         ResidualBlock(8, 8, groups=4, resample="sideways")
+
+
+def test_a_time_vector_is_neither_forgotten_nor_passed_over():
+    x, time = torch.randn(2, 8, 4, 4), torch.randn(2, 5)
+    with pytest.raises(ValueError, match="needs a time vector"):
+        ResidualBlock(8, 8, groups=4, time_width=5)(x)
+    with pytest.raises(ValueError, match="without time_width"):
+        ResidualBlock(8, 8, groups=4)(x, time)
+
+
+@pytest.mark.parametrize("size", [(5, 4), (4, 5)])
+def test_a_map_with_an_odd_side_is_not_cut_in_silence(size):
+    with pytest.raises(ValueError, match=f"must be even to be halved, got {size[0]}×{size[1]}"):
+        halve(torch.zeros(1, 8, *size))
 
 
 def test_dropout_only_in_training():
@@ -240,6 +260,26 @@ def test_half_precision_learns_as_full_precision(masked):
         found.append([out.detach(), *(part.grad for part in parts)])
     for full, half in zip(*found, strict=True):  # bfloat16 keeps 8 bits
         assert (full - half.float()).abs().max() < 0.03 * full.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_who_may_listen_to_nothing_hears_nothing(dtype):
+    """On both ways through `attend`, and in the gradient: one caption without a word must not spoil a batch."""
+    q, k, v = (torch.randn(2, 5, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[False] * 5, [True, False, True, True, False]])
+    out = attend(q, k, v, heads=2, mask=mask)
+    assert torch.equal(out[0], torch.zeros_like(out[0])) and out[1].abs().min() > 0
+    out.square().sum().backward()
+    assert all(part.grad.isfinite().all() for part in (q, k, v))
+    shares = attention_weights(q, k, mask[:, None]).sum(-1)
+    assert close(shares.float(), mask.any(1).float()[:, None].expand(2, 5), 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_mask_of_numbers_is_refused(dtype):
+    x = torch.randn(1, 3, 8)
+    with pytest.raises(ValueError, match="mask must be boolean"):
+        attend(x, x, x, heads=2, mask=torch.tensor([[1, 1, 0]], dtype=dtype))
 
 
 def test_attention_does_not_care_for_the_order_of_the_context():

@@ -50,6 +50,7 @@ def test_a_caption_becomes_a_file(run, model, tiny, tmp_path):
     expected, = tiny("red heart", seed=3, steps=4, guidance=2.0, sampler="ddim", progress=False)
     with Image.open(tmp_path / "heart.png") as picture:
         assert abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 2
+        assert picture.text["caption"] == "red heart" and picture.text["seed"] == "3"  # how it was made
     assert "/4" in err  # the progress bar
 
 
@@ -108,6 +109,19 @@ def test_refusals_leave_an_existing_picture_alone(run, model, tmp_path):
     assert path.read_text() == "old"
     refused(run("generate", "red heart", "--model", "emojy", "--out", tmp_path / "new.png"), "emojy")
     assert not (tmp_path / "new.png").exists()
+
+
+def test_a_full_disk_leaves_an_existing_picture_alone(run, model, tmp_path, monkeypatch):
+    path = tmp_path / "heart.png"
+    path.write_text("old")
+
+    def save(picture, path, **options):
+        Path(path).write_text("half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    refused(run("generate", "red heart", "--steps", 1, "--model", model, "--out", path), "no space left")
+    assert path.read_text() == "old" and sorted(tmp_path.iterdir()) == [path, model]
 
 
 @pytest.mark.parametrize("caption", ["", "  ", "\n"])

@@ -110,10 +110,19 @@ def test_a_copy_is_found_at_distance_exactly_zero():
     assert (distances[:, 1] > 0).all()
 
 
+def test_one_picture_has_neighbours_too():
+    pool = cloud(20, 3)
+    distances, indices = nearest_neighbours(pool[[7]], pool, k=2)
+    assert distances[0, 0] == 0 and indices[0, 0] == 7 and distances.shape == indices.shape == (1, 2)
+    assert nearest_neighbours(pool, pool[[7]])[1].max() == 0
+    assert data_copying(pool, cloud(20, 3) + 1, pool[[7]]) == (1, pytest.approx((22 / 240) ** 0.5))
+
+
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: fid(cloud(10, 3, 8, 8), cloud(10, 3, 8, 8)), "pictures need features="),
     (lambda: fid(cloud(10, 3), cloud(10, 4)), "got 3 and 4"),
-    (lambda: fid(cloud(1, 3), cloud(10, 3)), "two or more points"),
+    (lambda: fid(cloud(1, 3), cloud(10, 3)), "two or more points, got 1 and 10"),
+    (lambda: nearest_neighbours(cloud(0, 3), cloud(9, 3)), r"points \(N, D\), not \(0, 3\)"),
     (lambda: extract(torch.full((4, 2), float("nan"))), "NaN"),
     (lambda: kid(cloud(30, 3), cloud(50, 3)), "fewer groups"),
     (lambda: precision_recall(cloud(5, 3), cloud(9, 3), k=5), "1…4"),
@@ -197,7 +206,7 @@ def test_the_judge_runs_on_the_meta_device():
 def test_the_judge_says_what_it_does_not_know(judge):
     attributes = [{"name": "dragon", "group": "food", "tone": None, "style": "noto"}]
     with pytest.raises(ValueError, match="no name 'dragon'"):
-        judge.report(torch.zeros(1, 3, 16, 16), attributes)
+        judge.report(torch.full((1, 3, 16, 16), 9.0), attributes)  # before it looks at a picture
     with pytest.raises(ValueError, match="needs its attributes"):
         judge.report(torch.zeros(2, 3, 16, 16), attributes)
     with pytest.raises(ValueError, match="multiples of 8"):

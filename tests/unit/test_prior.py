@@ -104,6 +104,8 @@ def test_standardised_and_back(prior):
     for wrong in (torch.ones(5, 7), torch.ones(6), torch.ones(1, 6)):
         with pytest.raises(ValueError, match="shape"):
             prior.measure(wrong)
+    with pytest.raises(ValueError, match="NaN"):
+        prior.measure(torch.full((5, 6), torch.nan))
 
 
 @pytest.mark.parametrize("name, tensor", [
@@ -182,6 +184,9 @@ def test_the_clamp_keeps_picture_and_noise_together(prior):
     found = clamped(Denoiser(prior, COSINE, "x0", told(3)), limit=0.1)(x, t)
     assert found.x0.abs().max() <= 0.1
     torch.testing.assert_close(COSINE.alpha(t) * found.x0 + COSINE.sigma(t) * found.eps, x, check_dtype=False)
+    for limit in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="must be positive"):
+            clamped(Denoiser(prior, COSINE, "x0"), limit=limit)
 
 
 def draw(prior, condition, **options):

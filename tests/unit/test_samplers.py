@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -617,6 +618,12 @@ def test_rescaled_guidance(prediction):
         rescale(1.5)
 
 
+def test_a_network_that_says_nothing_can_be_rescaled():
+    x = starting_noise((2, 1, 4, 4))
+    answer = rescaled_guidance(Denoiser(lambda x, t: 0 * x, LINEAR, "x0"), Condition(), scale=6.0)(x, 999)
+    assert torch.isfinite(answer.x0).all() and torch.isfinite(answer.eps).all()
+
+
 # Likelihood
 
 
@@ -684,7 +691,8 @@ def test_noise_depends_on_the_seed_of_each_picture_only():
     assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
     draw = noise_source(5)
     assert torch.equal(draw(four), four) and not torch.equal(draw(four), four)
-    for seed in (-1, 2**63):
+    assert torch.equal(starting_noise((4, *shape), seed=np.int64(5)), four)
+    for seed in (-1, 2**63, 1.5, None):
         with pytest.raises(ValueError, match="seed must lie in"):
             noise_source(seed)
 
@@ -732,6 +740,10 @@ def test_the_times_asked_for_are_used():
     seen.clear()
     sample(denoise, (1, 1, 2, 2), times=[640, 320.5, 3], sampler="euler", progress=False)
     assert seen == [640, 320.5]
+    for times in (torch.tensor([640, 320.5, 3]), np.array([640, 320.5, 3]), iter([640, 320.5, 3])):
+        seen.clear()
+        sample(denoise, (1, 1, 2, 2), times=times, sampler="euler", progress=False)
+        assert seen == [640, 320.5]
 
 
 def test_options_reach_the_sampler():
@@ -759,10 +771,31 @@ def test_nan_is_noticed(name):
     ({"times": [10]}, "times must fall"),
     ({"times": [1001, None]}, "t must lie in"),
     ({"seed": -1}, "seed must lie in"),
+    ({"shape": (0, 1, 2, 2)}, r"each at least 1, got \(0, 1, 2, 2\)"),
+    ({"eta": -1}, "eta must be at least 0, got -1"),
+    ({"eta": math.nan}, "eta must be at least 0, got nan"),
+    ({"eta": -1, "sampler": "dpmpp_2m_sde"}, "eta must be at least 0"),
+    ({"churn": -100, "sampler": "edm"}, "churn must be at least 0, got -100"),
+    ({"churn": math.nan, "sampler": "edm"}, "churn must be at least 0, got nan"),
 ])
 def test_impossible_wishes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        sample(Gaussian(), (1, 1, 2, 2), progress=False, **options)
+        sample(Gaussian(), **{"shape": (1, 1, 2, 2), "progress": False, **options})
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_whole_numbers_are_no_noise(name):
+    for options in ({"dtype": torch.int64}, {"latents": torch.ones(1, 1, 2, 2, dtype=torch.uint8)}):
+        with pytest.raises(ValueError, match="x must be floating point"):
+            sample(Denoiser(lambda x, t: x / 2, LINEAR), (1, 1, 2, 2), sampler=name, steps=3, progress=False, **options)
+
+
+def test_ways_up_are_asked_for_by_falling_times_too():
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="times must fall"):
+        last(ddim_invert(Gaussian(), x, [None, 500, 999]))
+    with pytest.raises(ValueError, match="times must fall"):
+        log_likelihood(gaussian_network(LINEAR), x, [0, 500, 999])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -143,7 +143,8 @@ def test_numpy_in_numpy_out():
     assert isinstance(ours, np.ndarray) and ours.dtype == np.float32 and ours.shape == p.shape
 
 
-@pytest.mark.parametrize("arguments", [{"t": -1}, {"t": 1, "spacing": 0}, {"t": 1, "pull": -1}])
+@pytest.mark.parametrize("arguments", [{"t": -1}, {"t": 1, "spacing": 0}, {"t": 1, "pull": -1},
+                                       {"t": math.inf, "pull": 1}])
 def test_grid_refuses(arguments):
     with pytest.raises(ValueError):
         fokker_planck(torch.ones(8), **arguments)
@@ -293,6 +294,11 @@ def test_samples_have_the_right_moments_and_repeat():
     close(x.T.cov(), covariance, atol=0.05)
     assert torch.equal(x, exact.sample(200_000, seed=3)) and not torch.equal(x[:9], exact.sample(9, seed=4))
     assert torch.equal(exact.sample(5, seed=0), copy.deepcopy(exact).sample(5, seed=0))
+
+
+def test_a_variance_that_rounding_left_below_0_counts_as_0():
+    thin = GaussianMixture(torch.zeros(2, 2), torch.tensor([-1e-8, 1.0]), torch.tensor([1.0, 0.0]))
+    assert torch.equal(thin.sample(3), torch.zeros(3, 2))
 
 
 def test_frozen_and_portable():
@@ -446,6 +452,11 @@ def test_trace_refuses():
         jacobian_trace(lambda x: x[:, :1], points(2))
     with pytest.raises(ValueError, match="without a gradient"):
         jacobian_trace(lambda x: x.detach(), points(2))
+    for probes in (0, -1):
+        with pytest.raises(ValueError, match="probes must be"):
+            jacobian_trace(lambda x: x, points(2), probes=probes)
+        with pytest.raises(ValueError, match="probes must be"):
+            sure_loss(lambda x: x, points(2), 0.1, probes=probes)
 
 
 def test_three_names_of_one_number_by_quadrature():

@@ -17,7 +17,7 @@ from diffusionbook.data import from_pil, to_pil
 from diffusionbook.denoising import Condition, Denoiser
 from diffusionbook.samplers import dpmpp_2m, starting_noise, timesteps
 from diffusionbook.schedules import NoiseSchedule
-from diffusionbook.stable_diffusion import PARTS, StableDiffusion, offload
+from diffusionbook.stable_diffusion import PARTS, StableDiffusion, offload, word_maps
 from diffusionbook.text import TextConfig, TextEncoder, train_bpe
 from diffusionbook.unet import UNet, UNetConfig
 
@@ -136,7 +136,9 @@ def test_size_is_height_and_width(tiny):
     ({"size": (0, 64)}, "multiples of"),
     ({"size": (72, 64)}, "multiples of 16"),
     ({"size": 64}, r"\(height, width\) in pixels, got 64"),
+    ({"size": (64.0, 64.0)}, "whole multiples of 16"),
     ({"n": 0}, "n must be at least 1"),
+    ({"n": 2.0}, "n must be at least 1, a whole number, got 2.0"),
     ({"output": "numpy"}, 'output "pil" or "tensor"'),
     ({"steps": 0}, "1…1000"),
     ({"steps": 1001}, "1…1000"),
@@ -170,6 +172,10 @@ def test_vectors_may_stand_for_captions(tiny):
     images = tiny(context, output="tensor", **FAST)
     assert torch.allclose(images, tiny([CAPTION, "pizza"], output="tensor", **FAST), atol=1e-4)
     assert tiny(context[:1], n=2, **FAST)[1].info["seed"] == "1"
+    assert torch.equal(tiny(context.double(), output="tensor", **FAST), images)
+    for wrong in (context[0], context[:, :, :8], context[:0], tiny.tokenizer(["pizza"])):
+        with pytest.raises(ValueError, match=r"floats of shape \(B, tokens, 16\)"):
+            tiny(wrong, **FAST)
 
 
 def test_clip_skip_leaves_out_the_last_blocks(tiny):
@@ -244,6 +250,21 @@ def test_a_network_for_inpainting_says_so(tiny):
     unet = UNet(replace(tiny.unet.config, in_channels=9))
     with pytest.raises(ValueError, match="5 more channels, a mask and a picture: call inpaint"):
         StableDiffusion(unet=unet, **parts)(CAPTION, **FAST)
+    with pytest.raises(ValueError, match="call inpaint"):
+        StableDiffusion(unet=unet, **parts).img2img(torch.zeros(1, 3, 64, 64), CAPTION, **FAST)
+
+
+def test_latents_and_pictures_of_another_type(tiny):
+    latents = starting_noise((1, 4, 8, 8), seed=1)
+    assert torch.equal(tiny.decode(latents.double()), tiny.decode(latents))
+    with pytest.raises(ValueError, match="float tensor.*uint8"):
+        tiny.encode(torch.ones(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_words_are_looked_at_on_some_sides_only(tiny):
+    assert word_maps(tiny, "pizza", side=4, steps=1, progress=False)[2].shape[1:] == (4, 4)
+    with pytest.raises(ValueError, match="no layer of this network looks at words at 3×3"):
+        word_maps(tiny, "pizza", side=3, steps=1, progress=False)
 
 
 def test_what_does_not_exist_is_an_attribute_error(tiny):
@@ -272,6 +293,9 @@ def test_low_memory_paints_the_same(saved, tiny):
     assert torch.allclose(images, tiny(CAPTION, n=2, output="tensor", **FAST), atol=0.02)
     with pytest.raises(ValueError, match='"low" or None'):
         StableDiffusion.from_pretrained(saved, memory="little")
+    again = low.to("meta").to("meta").to("cpu")(CAPTION, n=2, output="tensor", **FAST)
+    assert torch.equal(again, images)  # a device that was left is no longer used
+    assert not any(module._forward_hooks for module in low.unet.modules())
 
 
 # To disk and back

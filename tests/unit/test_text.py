@@ -237,6 +237,37 @@ def test_load_the_single_file_form_and_old_special_tokens(tmp_path, join):
     assert again.merges == tokenizer.merges and again.pad == "eos" and again.context_length == 77
 
 
+@pytest.mark.parametrize("spoil", [
+    lambda folder, lines: (folder / "merges.txt").write_text("\n".join(lines[:-2])),
+    lambda folder, lines: (folder / "merges.txt").write_text("\n".join(lines)[:-8]),  # in the middle of a line
+    lambda folder, lines: (folder / "merges.txt").unlink() or (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "WordLevel", "vocab": {"low": 0}}})),
+])
+def test_a_truncated_tokenizer_or_another_kind_is_refused(tmp_path, spoil):
+    """With fewer merges the same text would silently become other ids."""
+    train_bpe(TOY, 520).save_pretrained(tmp_path)
+    spoil(tmp_path, (tmp_path / "merges.txt").read_text().splitlines())
+    with pytest.raises(ValueError, match="truncated or of another kind: no merge makes .* of its symbols"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token"')
+    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_saving_leaves_no_half_written_file(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "vocab.json").write_text("old")
+
+    def fail(path, text, encoding):
+        path.open("w").write(text[:5])
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(text.Path, "write_text", fail)
+    with pytest.raises(OSError, match="full"):
+        tokenizer.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["vocab.json"]
+    assert (tmp_path / "vocab.json").read_text() == "old"
+
+
 def test_load_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected vocab.json and merges.txt"):
         Tokenizer.from_pretrained(tmp_path)
@@ -366,6 +397,8 @@ def test_pooled_takes_the_first_end_token(encoder):
     assert torch.equal(encoder.pooled(hidden, ids), torch.stack([hidden[0, 2], hidden[1, 1]]))
     legacy = TextEncoder(dataclasses.replace(TINY, eos_id=2))
     assert torch.equal(legacy.pooled(hidden, ids), torch.stack([hidden[0, 2], hidden[1, 1]]))
+    with pytest.raises(ValueError, match="every row needs an end token, id 599"):
+        encoder.pooled(hidden[:, :2], ids[:, :2])
 
 
 def test_projection():

@@ -5,10 +5,11 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import StackDataset
+from torch.utils.data import StackDataset, TensorDataset
 
 from diffusionbook.data import emoji
 from diffusionbook.denoising import Denoiser, min_snr
@@ -118,6 +119,7 @@ def test_warmup_and_cosine_values():
     assert all(a > b for a, b in zip(rate[10:], rate[11:], strict=False))
     assert warmup_cosine(0, steps=5, warmup=0) == 1
     assert warmup_cosine(3, steps=4, warmup=8) == 0.5
+    assert warmup_cosine(110, steps=110, warmup=10) == warmup_cosine(200, steps=110, warmup=10) == 0  # and no rise
 
 
 # --- the loop ----------------------------------------------------------------------------------
@@ -247,6 +249,13 @@ def test_evaluate_sees_the_average_in_evaluation_mode_and_training_goes_on(tmp_p
     ({"every": 0}, "every must be at least 1"),
     ({"accumulate": 0}, "accumulate must be at least 1"),
     ({"accumulate": 3}, "batch of 8 can't be cut into 3 equal parts"),
+    ({"clip": 0}, "clip must be above 0, got 0"),
+    ({"clip": -1.0}, "clip must be above 0"),
+    ({"clip": float("nan")}, "clip must be above 0"),
+    ({"weights": torch.ones(3)}, "one entry for each of the 200 pictures, got 3"),
+    ({"weights": torch.ones(300)}, "one entry for each of the 200 pictures, got 300"),
+    ({"net": Line().half()}, "lost on weights in torch.float16; train in float32"),
+    ({"net": Line().bfloat16()}, "lost on weights in torch.bfloat16; train in float32"),
 ])
 def test_options_that_make_no_sense(options, word, tmp_path):
     with pytest.raises(ValueError, match=word):
@@ -254,9 +263,25 @@ def test_options_that_make_no_sense(options, word, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_data_set_that_gives_no_batches():
-    with pytest.raises(ValueError, match="EmojiDataset can't; use a tensor of pictures"):
-        train(Line(), emoji("validation"), line_loss, steps=1, lr=0.1, progress=False)
+def test_frozen_weights_may_have_any_type():
+    net = nn.Sequential(nn.Linear(2, 2).half().requires_grad_(False), Line())
+    train(net, POINTS, lambda net, x, generator: line_loss(net[1], x, generator), steps=1, lr=0.1, progress=False)
+
+
+@pytest.mark.parametrize("make, name", [
+    (lambda: emoji("validation"), "EmojiDataset"), (lambda: TensorDataset(POINTS), "TensorDataset"),
+    (lambda: StackDataset(POINTS), "StackDataset"), (lambda: POINTS.numpy(), "ndarray"), (lambda: list(POINTS), "list"),
+])
+def test_a_data_set_that_gives_no_batches(make, name):
+    with pytest.raises(ValueError, match=f"{name} can't; use a tensor of pictures"):
+        train(Line(), make(), line_loss, steps=1, lr=0.1, progress=False)
+
+
+def test_an_empty_data_set():
+    with pytest.raises(ValueError, match="pictures must be at least 1, got 0"):
+        train(Line(), POINTS[:0], line_loss, steps=1, lr=0.1, progress=False)
+    with pytest.raises(ValueError, match="at least one picture"):
+        mean_loss(Line(), POINTS[:0], line_loss)
 
 
 def test_progress_shows_only_when_asked(capsys):
@@ -289,6 +314,15 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     again, average_again = run(tmp_path)
     assert same(again.state_dict(), net.state_dict()) and same(average_again.weights, average.weights)
     assert (tmp_path / "log.jsonl").read_text() == before
+
+
+def test_a_resumed_run_obeys_its_own_options(tmp_path):
+    """Not those that were saved with the optimizer."""
+    weights = []
+    for decay in (0.0, 1.0):
+        run(tmp_path / str(decay), steps=10, weight_decay=0.0)
+        weights.append(run(tmp_path / str(decay), steps=20, weight_decay=decay)[0].layer.weight)
+    assert (weights[0] - weights[1]).abs().max() > 1e-3
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
@@ -370,6 +404,21 @@ def test_a_state_of_the_first_loop_goes_on(tmp_path):
     resumed, average = run(tmp_path)
     assert average.updates == 30 and [row["step"] for row in log(tmp_path)] == [30]
     assert not same(resumed.state_dict(), net.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("content", [b"", b"\x80\x02.", b"PK\x03\x04", b"nothing of the kind"])
+def test_a_damaged_state_is_refused(tmp_path, content):
+    run(tmp_path, steps=10)
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="state.pt is damaged or belongs to another network"):
+        run(tmp_path, steps=20)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(0.5), np.float32(0.5), 1234567])
+def test_numbers_of_every_kind_go_to_the_log(tmp_path, number):
+    run(tmp_path, steps=10, evaluate=lambda: {"score": number})
+    assert log(tmp_path)[-1]["score"] == number
 
 
 def test_a_state_that_does_not_fit_is_refused(tmp_path):
@@ -495,6 +544,30 @@ def test_pictures_that_are_not_scaled_are_refused():
         DenoisingLoss(NoiseSchedule.linear())(Line(), torch.full((2, 2), 255.0), generator_for(0))
 
 
+def test_who_is_told_nothing_must_be_told_something_else():
+    loss, told = DenoisingLoss(NoiseSchedule.linear(), drop=0.1), {"x0": torch.zeros(2, 2), "embedding": torch.ones(2)}
+    with pytest.raises(ValueError, match="drop=0.1 needs empty, what is told instead of embedding"):
+        loss(lambda x, t, embedding: x, told, generator_for(0))
+    assert loss(lambda x, t: x, told["x0"], generator_for(0)) > 0  # told nothing anyway
+
+
+@pytest.mark.parametrize("batch, words", [
+    (torch.zeros(2, 2), "must hold embedding, and it has x0"),
+    ({"images": torch.zeros(2, 2), "embedding": torch.zeros(2)}, "must hold x0, and it has images, embedding"),
+])
+def test_a_batch_that_lacks_something_is_refused(batch, words):
+    with pytest.raises(ValueError, match=words):
+        DenoisingLoss(NoiseSchedule.linear(), drop=0.1, empty={"embedding": 0})(Line(), batch, generator_for(0))
+
+
+def test_mean_loss_judges_and_leaves_the_network_as_it_was():
+    """In training mode dropout would answer otherwise each time, and other networks would learn from the pictures."""
+    net = nn.Sequential(nn.Dropout(0.5), Line())
+    wanted = mean_loss(Line(), POINTS, line_loss)
+    assert mean_loss(net, POINTS, line_loss) == mean_loss(net, POINTS, line_loss) == wanted
+    assert net.training and not net.eval().training and mean_loss(net, POINTS, line_loss) and not net[0].training
+
+
 def test_mean_loss_is_the_mean_over_all_with_the_same_noise():
     net, seen = Line(), []
 
@@ -615,9 +688,12 @@ def test_recipes_that_are_wrong(recipe, tmp_path, old, new, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_that_is_not_there():
+def test_a_recipe_that_is_not_there_or_no_text(tmp_path):
     with pytest.raises(FileNotFoundError, match="no recipe at nowhere.toml"):
         read_recipe("nowhere.toml")
+    (tmp_path / "recipe.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="recipe.toml is not valid TOML"):
+        read_recipe(tmp_path / "recipe.toml")
 
 
 def test_what_is_saved_can_be_read_again(tmp_path):

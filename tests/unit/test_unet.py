@@ -138,7 +138,8 @@ def test_other_contexts_are_refused(context, got):
         network(SMALL)(x, t, context)
 
 
-@pytest.mark.parametrize("t", [torch.tensor(3), torch.tensor([3]), torch.tensor([[1], [2]]), torch.arange(3)])
+@pytest.mark.parametrize("t", [3, [3, 4], torch.tensor(3), torch.tensor([3]), torch.tensor([[1], [2]]),
+                               torch.arange(3)])
 def test_other_shapes_of_t_are_refused(t):
     x, _, context = inputs(SMALL)
     with pytest.raises(ValueError, match=r"t must have shape \(2,\), one timestep per picture, got"):
@@ -154,7 +155,14 @@ def test_a_time_that_the_schedule_does_not_have_is_refused(t):
         denoise(x, t)
 
 
-@pytest.mark.parametrize("embedding", [torch.zeros(2, 63), torch.zeros(1, 64), torch.tensor([1, 2])])
+def test_words_that_nobody_reads_are_refused():
+    x, t, _ = inputs(SELF)
+    with pytest.raises(ValueError, match="reads no words"):
+        network(SELF)(x, t, torch.zeros(2, 5, 10))
+
+
+@pytest.mark.parametrize("embedding", [torch.zeros(2, 63), torch.zeros(1, 64), torch.tensor([1, 2]),
+                                       torch.zeros(2, 64, dtype=torch.int64)])
 def test_other_embeddings_are_refused(embedding):
     x, t, context = inputs(SMALL)
     with pytest.raises(ValueError, match=r"embedding must have shape \(2, 64\), got"):
@@ -171,6 +179,13 @@ def test_classes_are_heard_and_counted():
         assert torch.allclose(same, told[1], atol=1e-6)
         with pytest.raises(ValueError, match=r"\(2, 64\), or \(2,\) of class numbers, got \(2, 7\)"):
             model(x, t, embedding=torch.zeros(2, 7))
+
+
+@pytest.mark.parametrize("number", [-1, 7])
+def test_a_class_that_there_is_not_is_refused(number):
+    x, t, _ = inputs(CLASSES)
+    with pytest.raises(ValueError, match=rf"class numbers must lie in 0…6, got \[0, {number}\]"):
+        network(CLASSES)(x, t, embedding=torch.tensor([0, number]))
 
 
 @pytest.mark.parametrize("config", [SMALL, GUIDED])
@@ -300,6 +315,10 @@ def test_unknown_presets_are_refused():
     ({"attention": ("cross", "linear")}, r'"cross", "self", "added" or None, got \[\'linear\'\]'),
     ({"middle": "linear"}, r'"cross", "self", "added" or None, got \[\'linear\'\]'),
     ({"context_width": None}, "context_width"),
+    ({"channels": (), "attention": (), "heads": ()}, "must be at least 1"),
+    ({"layers_per_block": 0}, "must be at least 1"),
+    ({"heads": (2, 0)}, "must be at least 1"),
+    ({"groups": 0}, "must be at least 1"),
 ])
 def test_impossible_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
