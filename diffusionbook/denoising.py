@@ -298,7 +298,7 @@ def variational_bound(answer: Prediction, x0: Tensor, x: Tensor, t, *, schedule:
     """How many bits per number one reverse step costs, given an answer about x = x_t: (B,).
 
     KL divergence of the step from the true one; at t = 0, the cost of naming the 8-bit picture. The sum over all t
-    bounds the cost of storing a picture. t: whole numbers, or `ValueError` says so. An answer without a learned
+    bounds the cost of storing a picture. Raises `ValueError` unless t is whole. An answer without a learned
     variance counts with the least. (Ho et al. 2020, eq. 5 and 13; Nichol & Dhariwal 2021, section 3.1.)
     Defined in chapter 05.
     """

@@ -3,7 +3,7 @@
     python recipes/emoji_noisy_clip.py [--folder runs/emoji_noisy_clip] [--steps 4000]
 
 It is what guidance by CLIP asks (chapter 15). Needs the CLIP of recipes/emoji_clip.py, whose texts stay as they are.
-Resumable: the same command goes on where it stopped. At the end the tower goes to diffusionbook/weights/emoji/noisy_clip.
+Resumable: the same command goes on where it stopped. At the end the tower goes to diffusionbook/weights/emoji.
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ from diffusionbook.dalle import DalleTransformer, sample_codes
 from diffusionbook.denoising import Condition, Denoiser, classifier_free, diffusion_loss
 from diffusionbook.dvae import DVAE, VQ, gumbel_noise
 from diffusionbook.editing import Controlled, ControlNet
-from diffusionbook.glide import GlideText, GlideTextConfig, clip_guidance, keep_known
+from diffusionbook.glide import GlideText, GlideTextConfig, NoisyImageEncoder, clip_guidance, keep_known
 from diffusionbook.samplers import SAMPLERS, sample, timesteps
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.stable_diffusion import StableDiffusion
@@ -49,6 +49,12 @@ def test_controlnet(preset):
     side = 8 * unet.config.sample_size
     network = Controlled(unet, control, torch.empty(1, 3, side, side, device=META))  # one hint for two with guidance
     assert network(x, torch.empty(2, dtype=torch.int64, device=META), context).shape == x.shape
+
+
+def test_a_tower_that_knows_noise():
+    tower = on_meta(NoisyImageEncoder, "emoji")
+    found = tower(torch.empty(2, 3, 16, 16, device=META), torch.empty(2, dtype=torch.int64, device=META))
+    assert found.device == META and found.shape == (2, 192)
 
 
 @pytest.mark.parametrize("preset", ["sd", "emoji"])

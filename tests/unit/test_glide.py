@@ -11,11 +11,14 @@ from safetensors.torch import save_file
 
 from diffusionbook import dalle2, glide
 from diffusionbook.checkpoints import to_guided_diffusion
+from diffusionbook.clip import VisionConfig
 from diffusionbook.denoising import Condition, Denoiser, classifier_free
 from diffusionbook.glide import (
     Glide,
     GlideText,
     GlideTextConfig,
+    NoisyImageConfig,
+    NoisyImageEncoder,
     at_guess,
     classifier_guidance,
     clip_guidance,
@@ -135,6 +138,33 @@ def test_unfit_classifiers_are_refused(log_prob, message):
         classifier_guidance(PLAIN, log_prob)(POINTS, 10)
     with pytest.raises(ValueError, match="finite"):
         classifier_guidance(PLAIN, belongs, scale=float("nan"))
+
+
+def noisy_tower():
+    torch.manual_seed(0)
+    vision = VisionConfig(image_size=8, patch=4, width=16, layers=1, heads=2)
+    return NoisyImageEncoder(NoisyImageConfig(vision, projection=6)).eval()
+
+
+def test_a_tower_that_knows_noise_is_clips_when_its_time_is_taken_away(tmp_path):
+    tower, x = noisy_tower(), torch.rand(3, 3, 8, 8) * 2 - 1
+    plain = tower.visual_projection(tower.vision_model.pooled(tower.vision_model(x)))
+    early, late = (tower(x, torch.full((3,), t)) for t in (0, 900))
+    assert (early - late).abs().max() > 1e-3
+    tower.save_pretrained(tmp_path / "eye")
+    assert torch.equal(NoisyImageEncoder.from_pretrained(tmp_path / "eye")(x, torch.full((3,), 900)), late)
+    torch.nn.init.zeros_(tower.time_embedding.linear_2.weight)
+    torch.nn.init.zeros_(tower.time_embedding.linear_2.bias)
+    torch.testing.assert_close(tower(x, torch.full((3,), 900)), plain)
+
+
+def test_a_tower_that_knows_noise_refuses_what_it_cannot_read():
+    for x, t in ((torch.zeros(2, 3, 16, 16), torch.zeros(2)), (torch.zeros(2, 1, 8, 8), torch.zeros(2)),
+                 (torch.zeros(2, 3, 8, 8), torch.zeros(3))):
+        with pytest.raises(ValueError, match="reads pictures .B, 3, 8, 8. at times"):
+            noisy_tower()(x, t)
+    with pytest.raises(ValueError, match="there is emoji"):
+        NoisyImageConfig.preset("large")
 
 
 def test_clip_guidance_climbs_the_cosine():
