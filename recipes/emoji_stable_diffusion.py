@@ -7,7 +7,7 @@ Needs the VAE of recipes/emoji_vae.py and the CLIP of recipes/emoji_clip.py; nei
 pictures and captions are encoded once. Resumable: the same command goes on where it stopped. At the end the whole
 pipeline goes to diffusionbook/weights/emoji (or to `--ship`), as diffusers' StableDiffusionPipeline reads it. On two
 CPU cores take `--steps 11000 --batch 64`. With `--start` the U-Net begins as that of another pipeline, which may have
-read another text encoder: a tenth of the steps then does.
+read another text encoder.
 
 An object has two or three pictures only, a person has dozens. What is done about it: objects are drawn more often than
 their number of pictures asks for; each picture is seen in several places and sizes; words come from CLIP, in which
