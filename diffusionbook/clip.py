@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusionbook.checkpoints import (
-    Model, locate, read_json, read_tensors, read_weights, rename, verify, write_atomically,
+    Model,
+    locate,
+    read_json,
+    read_tensors,
+    read_weights,
+    rename,
+    verify,
+    write_atomically,
 )
 from .data import check_images, from_pil
 from .text import ACTIVATIONS, TextConfig, TextEncoder, Tokenizer, TransformerBlock
