@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from critic import Critic, features_of, trained_critic
+from safetensors.torch import load_file, save_file
 
-from diffusionbook.clip import CLIP
 from diffusionbook.data import compose_caption, emoji, pick_device
-from diffusionbook.metrics import Judge, data_copying, extract, fid, kid, nearest_neighbours
+from diffusionbook.metrics import Judge, data_copying, fid, kid, nearest_neighbours
 
 LOG = Path(__file__).with_suffix(".jsonl")
 KINDS = ("tone_style", "object_style")  # the easy kind of held-out combination, and the hard one
@@ -71,64 +72,84 @@ def count(*networks) -> int:
     return sum(p.numel() for network in networks for p in network.parameters())
 
 
-def paint_all(paint: Paint, captions: list[str], *, seed: int = 0) -> tuple[torch.Tensor, float]:
-    """One picture for each caption, picture i from seed + i, on the CPU; and seconds per picture."""
-    start, pictures = time.perf_counter(), []
-    for i in range(0, len(captions), BATCH):
-        pictures.append(paint(captions[i:i + BATCH], seed=seed + i).float().cpu().clamp(-1, 1))
-    return torch.cat(pictures), (time.perf_counter() - start) / len(captions)
+def questions(kind: str, pictures: int) -> tuple[list[int], list[dict], list[str]]:
+    """Which held-out pictures of a kind are asked for: their places, attributes and captions."""
+    data = emoji(kind)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [order[i % len(order)] for i in range(pictures)]  # few captions come up more than once, with new seeds
+    attributes = [data.attributes[i] for i in chosen]
+    return chosen, attributes, [compose_caption(a["name"], tone=a["tone"], style=a["style"]) for a in attributes]
+
+
+def unstyled() -> list[str]:
+    """The captions without a style that variety is measured on, each as often as it has seeds."""
+    names = sorted({a["name"] for a in emoji(KINDS[-1]).attributes})
+    return [name for name in names[::max(1, len(names) // VARIED)][:VARIED] for _ in range(SEEDS)]
+
+
+def paint_all(paint: Paint, captions: list[str], folder: Path, *, restart: int = 0) -> tuple[torch.Tensor, float]:
+    """One picture (3, 64, 64) for each caption, in [-1, 1] on the CPU, and the seconds that each took.
+
+    Picture i begins from seed i, or i % restart. Finished batches are kept in the folder and not painted again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, seconds, batch = [], 0.0, restart or BATCH
+    for i in range(0, len(captions), batch):
+        asked, file = captions[i:i + batch], folder / f"{i}-{min(i + batch, len(captions))}.safetensors"
+        if not file.exists():
+            start = time.perf_counter()
+            painted = paint(asked, seed=0 if restart else i).float().cpu().clamp(-1, 1)
+            save_file({"pictures": painted.add(1).mul(127.5).round().byte().contiguous(),
+                       "seconds": torch.tensor(time.perf_counter() - start)}, file)
+        part = load_file(file)
+        pictures.append(part["pictures"] / 127.5 - 1)
+        seconds += part["seconds"].item()
+    return torch.cat(pictures), seconds / len(captions)
 
 
 @torch.no_grad()
 def scores(painted: torch.Tensor, real: torch.Tensor, attributes: list[dict], captions: list[str], *, judge: Judge,
-           clip: CLIP, train: torch.Tensor) -> dict[str, float]:
-    """What the judge, and CLIP, say of painted pictures beside the real ones of the same captions.
+           critic: Critic, train: torch.Tensor) -> dict[str, float]:
+    """What the judge and the critic say of painted pictures beside the real ones of the same captions.
 
     Shares of right answers, each also as a share of what the same judge gives the real pictures; FID and KID in the
-    judge's features; the mean CLIP score; distance to the nearest of the training pictures' features `train`, and the
-    chance to be nearer to them than the real pictures are (0.5: no copying).
+    judge's features; the critic's mean score; distance to the nearest of the training pictures' features `train`, and
+    the chance to be nearer to them than the real pictures are (0.5: no copying).
     """
     ours, theirs = judge.report(painted, attributes), judge.report(real, attributes)
     found = {key: share for key, share in ours.items()}
     found |= {f"{key} / real": share / theirs[key] if theirs[key] else float("nan") for key, share in ours.items()}
-    features, true = (extract(images.to(judge.device), judge.features).cpu() for images in (painted, real))
+    features, true = (features_of(judge, images).double() for images in (painted, real))
     estimate, copied = kid(true, features), data_copying(train, true, features)
     found |= {"FID": fid(true, features), "KID": estimate.value, "KID error": estimate.error,
               "nearest training picture": nearest_neighbours(features, train)[0].mean().item(),
               "nearer than real": copied.value, "nearer than real error": copied.error}
     for name, images in (("CLIP score", painted), ("CLIP score of real", real)):
-        found[name] = torch.cat([clip.score(images[i:i + BATCH].to(clip.device), captions[i:i + BATCH]).cpu()
-                                 for i in range(0, len(captions), BATCH)]).mean().item()
+        found[name] = critic.score(images, captions).mean().item()
     return found
 
 
 @torch.no_grad()
-def variety(paint: Paint, captions: list[str], judge: Judge) -> dict[str, float]:
+def variety(pictures: torch.Tensor, judge: Judge) -> dict[str, float]:
     """Over several seeds of captions without a style: how many styles the judge sees, how far pictures lie apart."""
     styles, distances = [], []
-    for caption in captions:
-        pictures = paint_all(paint, [caption] * SEEDS)[0].to(judge.device)
-        styles.append(judge(pictures)["style"].argmax(1).unique().numel())
-        distances.append(F.pdist(judge.features(pictures).cpu()).mean().item())
+    for group in pictures.split(SEEDS):
+        styles.append(judge(group.to(judge.device))["style"].argmax(1).unique().numel())
+        distances.append(F.pdist(judge.features(group.to(judge.device)).cpu()).mean().item())
     return {"styles in 8 seeds": sum(styles) / len(styles), "captions with two styles or more":
             sum(number > 1 for number in styles) / len(styles), "distance among seeds": sum(distances) / len(distances)}
 
 
-def measure(paint: Paint, *, pictures: int, judge: Judge, clip: CLIP, train: torch.Tensor,
+def measure(paint: Paint, folder: Path, *, pictures: int, judge: Judge, critic: Critic, train: torch.Tensor,
             kinds: tuple[str, ...] = KINDS) -> dict[str, dict[str, float]]:
     """All scores of one system, for each held-out kind apart, and its variety."""
     results = {}
     for kind in kinds:
-        data = emoji(kind)
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-        chosen = [order[i % len(order)] for i in range(pictures)]  # few captions come up more than once, with new seeds
-        attributes = [data.attributes[i] for i in chosen]
-        captions = [compose_caption(a["name"], tone=a["tone"], style=a["style"]) for a in attributes]
-        painted, seconds = paint_all(paint, captions)
-        results[kind] = scores(painted, data.images(chosen), attributes, captions, judge=judge, clip=clip,
+        chosen, attributes, captions = questions(kind, pictures)
+        painted, seconds = paint_all(paint, captions, folder / kind)
+        results[kind] = scores(painted, emoji(kind).images(chosen), attributes, captions, judge=judge, critic=critic,
                                train=train) | {"seconds": seconds, "pictures": pictures}
-    names = sorted({a["name"] for a in emoji(kinds[-1]).attributes})
-    results["variety"] = variety(paint, names[::max(1, len(names) // VARIED)][:VARIED], judge)
+    results["variety"] = variety(paint_all(paint, unstyled(), folder / "variety", restart=SEEDS)[0], judge)
     return results
 
 
@@ -151,20 +172,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--systems", nargs="+", default=["sd", "glide", "dalle", "dalle2"], choices=known)
     parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--folder", type=Path, default=Path("runs/systems"), help="where pictures are kept")
     parser.add_argument("--tables", action="store_true", help="print what was measured and stop")
     given = parser.parse_args()
     rows = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
     if not given.tables:
-        judge, clip = Judge.from_pretrained("emoji").to(device), CLIP.from_pretrained("emoji").to(device)
-        train = torch.cat([extract(emoji("train").images(range(i, i + 512)).to(device), judge.features).cpu()
-                           for i in range(0, len(emoji("train")) - 511, 512)])
+        judge = Judge.from_pretrained("emoji").to(device)
+        critic = trained_critic(judge, given.folder / "critic")
+        train = features_of(judge, emoji("train").images()).double()
         done = {(row["system"], row["pictures"]) for row in rows}
         for name in given.systems:
             if (name, given.pictures) in done:
                 continue
             paint, parameters = known[name]()
             row = {"system": name, "pictures": given.pictures, "parameters": parameters, "device": device.type,
-                   "results": measure(paint, pictures=given.pictures, judge=judge, clip=clip, train=train)}
+                   "results": measure(paint, given.folder / name, pictures=given.pictures, judge=judge, critic=critic,
+                                      train=train)}
             rows.append(row)
             with LOG.open("a") as log:
                 log.write(json.dumps(row) + "\n")

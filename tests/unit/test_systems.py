@@ -1,14 +1,14 @@
 """benchmarks/systems.py on painters that copy, paint white or paint noise, with a judge that was never trained."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from diffusionbook.clip import CLIP
 from diffusionbook.data import emoji
-from diffusionbook.metrics import Judge, JudgeConfig, extract
+from diffusionbook.metrics import Judge, JudgeConfig
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,9 @@ def systems():
     path = Path(__file__).parents[2] / "benchmarks" / "systems.py"
     spec = importlib.util.spec_from_file_location("systems", path)
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # as for a script
     spec.loader.exec_module(module)
+    sys.path.pop(0)
     return module
 
 
@@ -29,11 +31,12 @@ def judge():
 
 
 @pytest.fixture(scope="module")
-def clip():
-    return CLIP.from_pretrained("emoji")
+def critic(systems, judge):
+    torch.manual_seed(0)
+    return systems.Critic(judge).eval()
 
 
-def test_a_copyist_is_as_good_as_the_real_pictures(systems, judge, clip):
+def test_a_copyist_is_as_good_as_the_real_pictures(systems, judge, critic, tmp_path):
     data = emoji("object_style")
 
     def copy(captions, seed):
@@ -43,15 +46,16 @@ def test_a_copyist_is_as_good_as_the_real_pictures(systems, judge, clip):
     real, attributes = data.images(chosen), [data.attributes[i] for i in chosen]
     captions = [data.captions[i] for i in chosen]
     painted, seconds = systems.paint_all(lambda captions, seed: copy([data_caption(a) for a in attributes[seed:][
-        :len(captions)]], seed), captions)
-    assert torch.equal(painted, real) and seconds > 0
-    train = extract(emoji("train").images(range(50)), judge.features)
-    found = systems.scores(painted, real, attributes, captions, judge=judge, clip=clip, train=train)
+        :len(captions)]], seed), captions, tmp_path)
+    assert (painted - real).abs().max() < 1e-6 and seconds > 0  # real pictures are whole 255ths, so nothing is rounded
+    train = systems.features_of(judge, emoji("train").images(range(50))).double()
+    found = systems.scores(painted, real, attributes, captions, judge=judge, critic=critic, train=train)
     assert abs(found["FID"]) < 1e-3 and found["KID"] <= 1e-6 and abs(found["nearer than real"] - 0.5) < 1e-9
     assert all(found[f"{key} / real"] in (1.0, pytest.approx(1.0)) or found[key] == 0 for key in ("style", "group"))
-    white = systems.scores(torch.ones_like(real), real, attributes, captions, judge=judge, clip=clip, train=train)
+    white = systems.scores(torch.ones_like(real), real, attributes, captions, judge=judge, critic=critic, train=train)
     assert white["FID"] > found["FID"]
-    assert found["CLIP score"] == found["CLIP score of real"] == white["CLIP score of real"] > white["CLIP score"]
+    assert found["CLIP score"] == pytest.approx(found["CLIP score of real"], abs=1e-6)
+    assert white["CLIP score of real"] == found["CLIP score of real"] != white["CLIP score"]
 
 
 def data_caption(attributes):
@@ -59,18 +63,42 @@ def data_caption(attributes):
     return compose_caption(attributes["name"], tone=attributes["tone"], style=attributes["style"])
 
 
-def test_the_whole_measurement_runs(systems, judge, clip):
+def test_the_whole_measurement_runs(systems, judge, critic, tmp_path):
     def noise(captions, seed):
         return torch.cat([torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed + i)) * 2 - 1
                           for i in range(len(captions))])
 
-    train = extract(emoji("train").images(range(50)), judge.features)
-    results = systems.measure(noise, pictures=40, judge=judge, clip=clip, train=train)
+    train = systems.features_of(judge, emoji("train").images(range(50))).double()
+    results = systems.measure(noise, tmp_path, pictures=40, judge=judge, critic=critic, train=train)
     assert results.keys() == {"tone_style", "object_style", "variety"}
     assert results["variety"]["distance among seeds"] > 0 and results["variety"]["styles in 8 seeds"] >= 1
     assert all(0 <= results["tone_style"][key] <= 1 for key in ("style", "tone", "name in 5"))
     text = systems.table([{"system": "noise", "parameters": 0, "device": "cpu", "results": results}])
     assert "| object_style | noise |" in text and "KID" in text
-    same = systems.variety(lambda captions, seed: torch.zeros(len(captions), 3, 64, 64), ["pizza"], judge)
+    same = systems.variety(torch.zeros(systems.SEEDS, 3, 64, 64), judge)
     assert same == {"styles in 8 seeds": 1, "captions with two styles or more": 0,
                     "distance among seeds": pytest.approx(0, abs=1e-5)}
+
+
+def test_what_was_painted_is_not_painted_again(systems, tmp_path):
+    calls = []
+
+    def paint(captions, seed):
+        calls.append((len(captions), seed))
+        return torch.full((len(captions), 3, 64, 64), 0.5)
+
+    captions = ["pizza"] * (systems.BATCH + 3)
+    first, seconds = systems.paint_all(paint, captions, tmp_path)
+    assert calls == [(systems.BATCH, 0), (3, systems.BATCH)] and (first - 0.5).abs().max() < 1 / 255
+    again, same = systems.paint_all(paint, captions, tmp_path)
+    assert len(calls) == 2 and torch.equal(first, again) and same == seconds
+    systems.paint_all(paint, captions * 2, tmp_path)  # the batch of three is of no use now
+    assert calls[2:] == [(systems.BATCH, systems.BATCH), (6, 2 * systems.BATCH)]
+
+
+def test_a_critic_is_trained_once(systems, judge, tmp_path):
+    images, captions = emoji("train").images(range(4)), emoji("train").captions[:4]
+    scores = [systems.trained_critic(judge, tmp_path, steps=3).score(images, captions) for _ in range(2)]
+    assert scores[0].shape == (4,) and scores[0].abs().max() <= 1
+    assert torch.equal(*scores) and len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+    assert (systems.Critic(judge).eval().score(images, captions) - scores[0]).abs().max() > 1e-4
