@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import Model, locate, rename
-from .data import check_images, from_pil, to_pil
+from .data import check_images, check_output, from_pil, repeat_captions, to_pil
 from .dvae import DVAE, gumbel_noise
 from .layers import split_heads
 from .text import Tokenizer, TransformerBlock
@@ -299,12 +299,13 @@ class DallE:
         highest `rerank.score(images, captions)`, best first. Returns PIL pictures, or with `output="tensor"` a tensor
         (B, 3, H, W) in [-1, 1]. Raises `ValueError` for impossible wishes.
         """
-        captions = _captions(prompt, n, output)
+        check_output(output)
+        captions = repeat_captions(prompt, n)
         each = n if rerank is None else 8 * n if candidates is None else candidates
         if each < n or (rerank is None and candidates is not None):
             raise ValueError(f"candidates must be at least n={n}, and needs rerank to choose from them; "
                              f"got candidates={candidates}")
-        repeated = [caption for caption in captions for _ in range(each)]
+        repeated = captions if rerank is None else repeat_captions(prompt, each)
         images = self._paint(repeated, None, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
                              seed=seed, progress=progress)
         if rerank is not None:
@@ -322,16 +323,17 @@ class DallE:
         `ValueError` for a picture of another size or more rows than there are.
         """
         image = from_pil(image) if isinstance(image, Image.Image) else image
-        captions, c = _captions(prompt, n, output), self.transformer.config
+        check_output(output)
+        captions, c = repeat_captions(prompt, n), self.transformer.config
         rows = c.grid // 2 if rows is None else rows
         side = c.grid * self.dvae.factor
         check_images(image)
-        if tuple(image.shape) != (1, 3, side, side) or not 0 <= rows <= c.grid or len(captions) != 1:
+        if tuple(image.shape) != (1, 3, side, side) or not 0 <= rows <= c.grid or len(captions) != n:
             raise ValueError(f"complete takes one picture (1, 3, {side}, {side}), one caption and rows from 0 to "
-                             f"{c.grid}; got {tuple(image.shape)}, {len(captions)} captions and rows={rows}")
+                             f"{c.grid}; got {tuple(image.shape)}, {len(captions) // n} captions and rows={rows}")
         with torch.no_grad():
             codes = self.dvae.encode(image.to(self.dvae.device, self.dvae.dtype)).flatten(1)  # (1, places)
-        images = self._paint(captions * n, codes[:, : rows * c.grid].expand(n, -1), guidance=guidance,
+        images = self._paint(captions, codes[:, : rows * c.grid].expand(n, -1), guidance=guidance,
                              temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, progress=progress)
         return to_pil(images) if output == "pil" else images
 
@@ -340,17 +342,6 @@ class DallE:
         codes = sample_codes(self.transformer, ids, start=start, unconditional=empty, **options)
         with torch.no_grad():
             return self.dvae.decode(codes.unflatten(1, (self.transformer.config.grid, -1))).float()
-
-
-def _captions(prompt: str | list[str], n: int, output: str) -> list[str]:
-    """The prompt as a list of captions, if it and the other wishes make sense."""
-    captions = [prompt] if isinstance(prompt, str) else prompt
-    are_texts = isinstance(captions, list | tuple) and all(isinstance(caption, str) for caption in captions)
-    if not are_texts or not captions:
-        raise ValueError(f"the prompt must be a string or a list of strings, got {prompt!r}")
-    if n < 1 or output not in ("pil", "tensor"):
-        raise ValueError(f'n must be at least 1 and output "pil" or "tensor", got n={n}, output={output!r}')
-    return list(captions)
 
 # %% ../book/16_dalle.ipynb #20a6d719
 #: Our names for the tensors of a transformer → those of transformers' `GPT2LMHeadModel`.

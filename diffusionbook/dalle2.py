@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoints import Model, locate, read_json, read_tensors, read_weights, write_atomically
 from .clip import CLIP, CLIPConfig, VisionConfig
-from .data import check_images, from_pil, to_pil
+from .data import check_images, check_output, from_pil, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free
 from .glide import Glide, enlarge
 from .prior import FAR, DiffusionPrior, PriorConfig, clamped, sample_embedding, text_condition
@@ -246,13 +246,8 @@ class DallE2:
         from noise with seed `seed + i`. Returns PIL pictures, or with `output="tensor"` a tensor (B, 3, H, W) in
         [-1, 1]. Raises `ValueError` for impossible wishes.
         """
-        captions = [prompt] if isinstance(prompt, str) else prompt
-        are_texts = isinstance(captions, list | tuple) and all(isinstance(caption, str) for caption in captions)
-        if not are_texts or not captions:
-            raise ValueError(f"the prompt must be a string or a list of strings, got {prompt!r}")
-        if n < 1 or output not in ("pil", "tensor"):
-            raise ValueError(f'n must be at least 1 and output "pil" or "tensor", got n={n}, output={output!r}')
-        captions = [caption for caption in captions for _ in range(n)]
+        check_output(output)
+        captions = repeat_captions(prompt, n)
         embedding = self.imagine(captions, steps=prior_steps, guidance=prior_guidance, candidates=candidates,
                                  sampler=sampler, seed=seed, progress=progress)
         return self.paint(embedding, captions, steps=steps, guidance=guidance, sampler=sampler, seed=seed,
@@ -278,8 +273,7 @@ class DallE2:
         Without an embedding the decoder goes by the caption alone, as GLIDE does. `latents` (B, 3, h, w) stand for
         the decoder's noise; more options, such as `eta`, go to its sampler. Raises `ValueError` for impossible wishes.
         """
-        if output not in ("pil", "tensor"):
-            raise ValueError(f'expected output "pil" or "tensor", got {output!r}')
+        check_output(output)
         side = self.decoder.network.config.sample_size
         small = sample(self.denoiser(embedding, captions, guidance=guidance), (len(captions), 3, side, side),
                        sampler=sampler, steps=steps, spacing="linspace", seed=seed + DECODER, latents=latents,
@@ -434,8 +428,7 @@ class DallE2:
                   "text_projection": TextProjection.from_pretrained(folder / "text_proj", dtype=dtype),
                   "decoder": decoder(UNet.from_pretrained(folder / "decoder", dtype=dtype))}
         if (folder / "upsampler").is_dir():
-            parts |= {"upsampler": load_denoiser(folder / "upsampler")[0], "bilinear": True}
-            parts["upsampler"].network.to(dtype)
+            parts |= {"upsampler": load_denoiser(folder / "upsampler", dtype=dtype)[0], "bilinear": True}
         elif (folder / "super_res_first").is_dir():
             upsampler, _ = _read_scheduler(folder / "super_res_scheduler")
             parts["upsampler"] = upsampler(UNet.from_pretrained(folder / "super_res_first", dtype=dtype))

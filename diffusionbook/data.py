@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'STYLES', 'TONES', 'pick_device', 'check_images', 'from_pil', 'to_pil', 'image_grid', 'Film', 'film',
-           'compose_caption', 'EmojiDataset', 'emoji']
+           'compose_caption', 'repeat_captions', 'check_output', 'EmojiDataset', 'emoji']
 
 # %% ../book/00_start_here.ipynb #ch00-22
 import difflib
@@ -167,6 +167,26 @@ def compose_caption(name: str, *, tone: str | None = None, style: str | None = N
     return name + (f", {tone} skin tone" if tone else "") + (f", {style} style" if style else "")
 
 # %% ../book/00_start_here.ipynb #ch00-40
+def repeat_captions(prompt: str | list[str], n: int = 1) -> list[str]:
+    """The captions of all pictures to paint: the prompt, or each of a list of prompts, `n` times in a row.
+
+    Raises `ValueError` for what is no text, an empty list, or `n` below 1. Defined in chapter 00.
+    """
+    captions = [prompt] if isinstance(prompt, str) else prompt
+    are_texts = isinstance(captions, list | tuple) and all(isinstance(caption, str) for caption in captions)
+    if not are_texts or not captions:
+        raise ValueError(f"the prompt must be a string or a list of strings, got {prompt!r}")
+    if not isinstance(n, Integral) or n < 1:
+        raise ValueError(f"n must be at least 1, a whole number, got {n}")
+    return [caption for caption in captions for _ in range(n)]
+
+
+def check_output(output: str) -> None:
+    """Raise `ValueError` unless pictures are asked for as "pil" or as "tensor". Defined in chapter 00."""
+    if output not in ("pil", "tensor"):
+        raise ValueError(f'expected output "pil" or "tensor", got {output!r}')
+
+
 @lru_cache(maxsize=1)
 def _emoji_table():
     folder = Path(str(files("diffusionbook"))) / "data"

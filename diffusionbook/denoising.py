@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TARGETS', 'target', 'Prediction', 'to_prediction', 'Condition', 'Denoiser', 'Wrapped', 'exact_denoiser',
            'diffusion_loss', 'min_snr', 'p2', 'edm', 'target_weight', 'learned_log_variance', 'variational_bound',
-           'classifier_free']
+           'asked_twice', 'classifier_free']
 
 # %% ../book/05_denoising.ipynb #8317f344
 import math
@@ -315,18 +315,29 @@ def variational_bound(answer: Prediction, x0: Tensor, x: Tensor, t, *, schedule:
     return nats.flatten(1).mean(1) / math.log(2)
 
 # %% ../book/05_denoising.ipynb #7e497b1e
+def asked_twice(denoise: Denoiser, unconditional: Condition) -> Denoiser:
+    """The denoiser that answers a batch of 2B, the second half with another condition. Defined in chapter 05.
+
+    Raises `ValueError` for a denoiser that is wrapped already: only the network itself can be asked again.
+    """
+    if not isinstance(denoise, Denoiser):
+        raise ValueError(f"this guidance asks the network twice, so it takes a Denoiser, got {type(denoise).__name__}; "
+                         "guide first, then wrap")
+    return replace(denoise, condition=denoise.condition.stack(unconditional))
+
+
 def classifier_free(denoise: Denoiser, unconditional: Condition, *, scale: float) -> "Denoiser | Wrapped":
     """Guide a conditional denoiser away from what it would paint for `unconditional` (the empty caption).
 
     `scale` 1 leaves it as it is; both questions go through the network in one batch. A learned variance is that of
-    the conditional answer. Raises `ValueError` for a scale that isn't finite. (Ho & Salimans 2022, eq. 6, with
-    scale = 1 + w.) Defined in chapter 05.
+    the conditional answer. Raises `ValueError` for a scale that isn't finite, and for a denoiser that is wrapped
+    already. (Ho & Salimans 2022, eq. 6, with scale = 1 + w.) Defined in chapter 05.
     """
     if not math.isfinite(scale):
         raise ValueError(f"the guidance scale must be a finite number, got {scale}")
     if scale == 1:
         return denoise
-    both = replace(denoise, condition=denoise.condition.stack(unconditional))
+    both = asked_twice(denoise, unconditional)
 
     def answer(x: Tensor, t) -> Prediction:
         if isinstance(t, Tensor):

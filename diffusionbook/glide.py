@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .checkpoints import Model, locate, read_json, read_tensors, write_atomically
 from .clip import VisionConfig, VisionEncoder
-from .data import check_images, from_pil, to_pil
+from .data import check_images, check_output, from_pil, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free, to_prediction
 from .layers import TimeEmbedding, sinusoid
 from .samplers import Times, dynamic_threshold, sample, starting_noise, timesteps
@@ -448,7 +448,7 @@ class Glide:
         wishes.
         """
         wishes = {"steps": steps, "sampler": sampler, "on_step": on_step, **options}
-        return self._paint(_captions(prompt, n, output), None, None, negative=negative, guidance=guidance,
+        return self._paint(repeat_captions(prompt, n), None, None, negative=negative, guidance=guidance,
                            upsampler_steps=upsampler_steps, seed=seed, output=output, progress=progress, **wishes)
 
     def inpaint(self, image, mask: Tensor, prompt: str | list[str], *, negative: str = "", n: int = 1, steps: int = 20,
@@ -472,11 +472,12 @@ class Glide:
             raise ValueError(f"the mask must be boolean, a tensor with one entry per pixel, {side}×{side}, got {told}")
         mask = mask.reshape(1, 1, side, side)
         wishes = {"steps": steps, "sampler": sampler, "on_step": on_step, **options}
-        return self._paint(_captions(prompt, n, output), image, mask, negative=negative, guidance=guidance,
+        return self._paint(repeat_captions(prompt, n), image, mask, negative=negative, guidance=guidance,
                            upsampler_steps=upsampler_steps, seed=seed, output=output, progress=progress, **wishes)
 
     def _paint(self, captions: list[str], image, mask, *, negative, guidance, upsampler_steps, seed, output, progress,
                **wishes) -> list[Image.Image] | Tensor:
+        check_output(output)
         run, count, side = partial(sample, progress=progress), len(captions), self.base.network.config.sample_size
         times = None if self.upsampler is None else self._times(upsampler_steps)  # refused before the base works
         known = None if image is None else _shrink(image, mask, side)
@@ -527,16 +528,6 @@ def _device(denoise: Denoiser | Wrapped) -> torch.device:
     return denoise.network.device
 
 
-def _captions(prompt: str | list[str], n: int, output: str) -> list[str]:
-    """n times each caption, if that is possible."""
-    captions = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(captions, list | tuple) or not captions or not all(isinstance(c, str) for c in captions):
-        raise ValueError(f"the prompt must be a string or a list of strings, got {prompt!r}")
-    if n < 1 or output not in ("pil", "tensor"):
-        raise ValueError(f'n must be at least 1 and output "pil" or "tensor", got n={n}, output={output!r}')
-    return [caption for caption in captions for _ in range(n)]
-
-
 def _shrink(image: Tensor, mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Picture and mask at the size of the base; a small pixel counts as known if all that it covers is known."""
     factor = image.shape[-1] // side
@@ -546,9 +537,7 @@ def _shrink(image: Tensor, mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
 def _load_part(folder: Path, kind: str, place: str, *, dtype: torch.dtype):
     """A part of a saved pipeline: a denoiser, or an object of a class in one of this package's modules."""
     if kind == "Denoiser":
-        denoise, _ = load_denoiser(folder / place)
-        denoise.network.to(dtype)
-        return denoise
+        return load_denoiser(folder / place, dtype=dtype)[0]
     module, _, name = kind.rpartition(".")
     if not module.startswith("diffusionbook."):
         raise ValueError(f"{folder}/glide.json asks for {kind}, which is not a part of diffusionbook")

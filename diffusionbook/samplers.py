@@ -12,7 +12,6 @@ __all__ = ['Times', 'States', 'Noise', 'FAINT', 'SAMPLERS', 'Level', 'levels', '
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from numbers import Integral
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .denoising import Condition, Denoiser, Prediction, Wrapped, target, to_prediction
+from .denoising import Condition, Denoiser, Prediction, Wrapped, asked_twice, target, to_prediction
 from .schedules import NoiseSchedule
 from .scores import jacobian_trace
 
@@ -487,11 +486,12 @@ def rescaled_guidance(denoise: Denoiser, unconditional: Condition, *, scale: flo
 
     Strong guidance stretches what the network says, and colours burn out; the stretch is measured per picture, by
     standard deviations. For networks on schedules without signal at the end, mostly. Raises `ValueError` for phi
-    outside [0, 1] or a scale that isn't finite. (Lin et al. 2024, section 3.4.) Defined in chapter 09.
+    outside [0, 1], a scale that isn't finite, and a denoiser that is wrapped already. (Lin et al. 2024, section 3.4.)
+    Defined in chapter 09.
     """
     if not 0 <= phi <= 1 or not math.isfinite(scale):
         raise ValueError(f"phi must lie in [0, 1] and scale be finite, got {phi} and {scale}")
-    both = replace(denoise, condition=denoise.condition.stack(unconditional))
+    both = asked_twice(denoise, unconditional)
     output = partial(target, schedule=denoise.schedule, prediction=denoise.prediction)
 
     def answer(x: Tensor, t) -> Prediction:

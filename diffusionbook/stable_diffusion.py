@@ -24,7 +24,7 @@ from .autoencoders import VAE, VAEConfig
 from diffusionbook.checkpoints import (
     OPENAI_TEXT, from_latent_diffusion_vae, locate, read_json, read_tensors, rename, split_qkv, write_atomically,
 )
-from .data import check_images, to_pil
+from .data import check_images, check_output, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Wrapped, classifier_free
 from .layers import Attention, attention_weights, split_heads
 from .samplers import rescaled_guidance, sample
@@ -378,19 +378,13 @@ class StableDiffusion:
 
     def captions(self, prompt: str | list[str] | Tensor, n: int = 1) -> list[str] | Tensor:
         """The captions of all pictures to paint, each of them `n` times in a row; raises `ValueError` for others."""
-        if not isinstance(n, Integral) or n < 1:
-            raise ValueError(f"n must be at least 1, a whole number, got {n}")
         if isinstance(prompt, Tensor):
             width = self.unet.config.context_width
             if not prompt.is_floating_point() or prompt.ndim != 3 or prompt.shape[2] != width or not len(prompt):
                 raise ValueError(f"vectors for captions must be floats of shape (B, tokens, {width}), as encode_text "
                                  f"gives them, got {prompt.dtype} {tuple(prompt.shape)}")
             return prompt.to(self.device, self.unet.dtype).repeat_interleave(n, dim=0)
-        captions = [prompt] if isinstance(prompt, str) else prompt
-        are_texts = isinstance(captions, list | tuple) and all(isinstance(caption, str) for caption in captions)
-        if not are_texts or not captions:
-            raise ValueError(f"the prompt must be a string or a list of strings, got {prompt!r}")
-        return [caption for caption in captions for _ in range(n)]
+        return repeat_captions(prompt, n)
 
     def paint(self, denoise: Denoiser | Wrapped, shape: tuple[int, ...], *, captions=(), facts: dict | None = None,
               output: str = "pil", seed: int = 0, **options) -> list[Image.Image] | Tensor:
@@ -398,8 +392,7 @@ class StableDiffusion:
 
         `options` are those of `samplers.sample`. With `facts`, each picture carries these and its caption and seed.
         """
-        if output not in ("pil", "tensor"):
-            raise ValueError(f'expected output "pil" or "tensor", got {output!r}')
+        check_output(output)
         options |= {"seed": seed, "dtype": self.unet.dtype, "device": self.device}
         try:
             latents = sample(denoise, shape, **options)

@@ -240,7 +240,6 @@ def first_bad_module(net: nn.Module, run: Callable[[], object]) -> str | None:
 # %% ../book/08_training.ipynb #28df5a4f
 def _record(folder: Path, row: dict, net, optimizer, average: EMA) -> None:
     """Add a line to the log, then replace the state: `_restore` drops a line whose state never came."""
-    folder.mkdir(parents=True, exist_ok=True)
     row = {key: float(f"{number:.5g}") if isinstance(number, float) else number for key, number in row.items()}
     with open(folder / "log.jsonl", "a", encoding="utf8") as log:
         log.write(json.dumps(row) + "\n")
@@ -312,6 +311,8 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
             dist.broadcast(tensor, 0)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     average = EMA(net, decay=ema)
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)  # so that an impossible one is found out now
     start, seconds = _restore(Path(folder), net, optimizer, average) if folder else (0, 0.0)
     gradients = partial(add_gradients, net, dataset, loss, seed=seed, batch=batch, accumulate=accumulate,
                         weights=weights, bf16=bf16)
@@ -422,9 +423,10 @@ def save_denoiser(folder, denoise: Denoiser, *, classes: list[str] = (), dtype: 
         write_atomically(folder / name, lambda path, text=text: Path(path).write_text(text, encoding="utf8"))
 
 
-def load_denoiser(name_or_path) -> tuple[Denoiser, list[str]]:
+def load_denoiser(name_or_path, *, dtype: torch.dtype = torch.float32) -> tuple[Denoiser, list[str]]:
     """Load what `save_denoiser` wrote, or what ships under a name: a denoiser and the names of its classes.
 
+    dtype: of the network.
     Raises `FileNotFoundError` or `ValueError` for what is missing or doesn't fit. Defined in chapter 08.
     """
     folder = locate(name_or_path)
@@ -433,7 +435,8 @@ def load_denoiser(name_or_path) -> tuple[Denoiser, list[str]]:
     if kind not in names:
         raise ValueError(f"prediction_type={kind!r} in {folder.name}/scheduler; expected one of {', '.join(names)}")
     classes = read_json(folder / "classes.json") if (folder / "classes.json").exists() else []
-    return Denoiser(UNet.from_pretrained(folder), NoiseSchedule.from_config(scheduler), names[kind]), classes
+    network, schedule = UNet.from_pretrained(folder, dtype=dtype), NoiseSchedule.from_config(scheduler)
+    return Denoiser(network, schedule, names[kind]), classes
 
 # %% ../book/08_training.ipynb #3b39b8d1
 def read_recipe(path) -> dict[str, dict]:

@@ -24,6 +24,7 @@ from diffusionbook.denoising import (
     to_prediction,
     variational_bound,
 )
+from diffusionbook.samplers import rescaled_guidance
 from diffusionbook.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.cosine(100)
@@ -592,3 +593,10 @@ def test_cuda_gives_the_same_as_the_cpu(prediction):
         results.append([part.cpu() for part in parts])
     for here, there in zip(*results, strict=True):
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_asks_the_network_itself():
+    guided = classifier_free(Denoiser(Recorder(), SCHEDULE, condition=words(1.0)), words(0.0), scale=2.0)
+    for again in (partial(classifier_free, scale=2.0), partial(rescaled_guidance, scale=2.0)):
+        with pytest.raises(ValueError, match="takes a Denoiser, got Wrapped; guide first, then wrap"):
+            again(guided, words(0.0))

@@ -587,6 +587,15 @@ def test_generators_follow_from_their_numbers():
     assert len({tuple(draw.tolist()) for draw in draws}) == 4
 
 
+def test_a_folder_that_cannot_be_is_found_out_before_the_first_step(tmp_path):
+    def never(*given):
+        raise AssertionError("a step was taken")
+
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        run(tmp_path / "file" / "run", loss=never)
+
+
 # --- digits ------------------------------------------------------------------------------------
 def test_digits():
     pictures, which = digits(60)
@@ -656,6 +665,7 @@ def test_a_recipe_trains_saves_and_loads(recipe, tmp_path):
     assert [row["step"] for row in log(tmp_path / "run")] == [2, 4]
     assert all(0.3 < row["validation"] < 3 for row in log(tmp_path / "run"))
     again, classes = load_denoiser(tmp_path / "run")
+    assert load_denoiser(tmp_path / "run", dtype=torch.bfloat16)[0].network.dtype == torch.bfloat16
     assert classes == list("0123456789") and again.prediction == "v" and again.schedule.steps == 100
     assert same(again.network.state_dict(), denoise.network.state_dict())
     average = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["average"]
