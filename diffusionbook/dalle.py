@@ -53,7 +53,7 @@ class DalleConfig:
         """"dalle": the 12 billion parameters of Ramesh et al. (2021, section 2.2); "emoji": the miniature."""
         presets = {
             "dalle": cls(),
-            "emoji": cls(text_vocab=2048, text_length=32, codes=512, grid=8, width=192, layers=5, heads=6),
+            "emoji": cls(text_vocab=2048, text_length=32, codes=512, grid=8, width=144, layers=4, heads=6),
         }
         if name not in presets:
             raise ValueError(f"no DALL·E preset named {name!r}; choose one of {', '.join(presets)}")

@@ -21,31 +21,20 @@ from diffusionbook.training import balanced_weights, has_bf16, train
 BATCH = 64
 
 
-def keeps_side(attributes: dict) -> bool:
-    """Whether a picture would show something else, or nothing known, in a mirror."""
-    sides = ("left", "right", "clock", "thirty", "moon")
-    return attributes["group"] in ("symbols", "flags") or any(word in attributes["name"] for word in sides)
-
-
-def vary(images: torch.Tensor, keep: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn, scale, shift and tint pictures (B, 3, 64, 64) a little, each in its own way, and mirror half of them.
-
-    Half are softened, and half roughened, as painted pictures are; the others stay as clean as real ones, because
-    what tells two flat styles apart is fine. Those to `keep` (B,) are never mirrored.
-    """
+def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn, scale, shift, tint, soften and roughen pictures (B, 3, 64, 64) a little, each in its own way."""
     count = len(images)
 
     def between(low: float, high: float, *shape: int) -> torch.Tensor:
         return (low + (high - low) * torch.rand(count, *shape, generator=generator)).to(images.device)
 
-    angle, scale, shift = between(-0.25, 0.25), between(0.8, 1.3), between(-0.15, 0.15, 2)
+    angle, scale, shift = between(-0.2, 0.2), between(0.85, 1.25), between(-0.12, 0.12, 2)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2) * scale.view(-1, 1, 1)
-    turn[:, :, 0] *= torch.where((between(0, 1) < 0.5) & ~keep, -1, 1)[:, None]
     grid = F.affine_grid(torch.cat([turn, shift[:, :, None]], 2), list(images.shape), align_corners=False)
     moved = F.grid_sample(images - 1, grid, align_corners=False) + 1  # what comes in from outside is white
     soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    softness, roughness = between(-0.7, 0.7, 1, 1, 1).relu(), between(-0.1, 0.1, 1, 1, 1).relu()
-    mixed = torch.lerp(moved, soft, softness) * between(0.9, 1.0, 3, 1, 1)
+    softness, roughness = between(0, 0.7, 1, 1, 1), between(0, 0.1, 1, 1, 1)
+    mixed = torch.lerp(moved, soft, softness) * between(0.92, 1.0, 3, 1, 1)
     return (mixed + roughness * torch.randn(images.shape, generator=generator).to(images.device)).clamp(-1, 1)
 
 
@@ -66,12 +55,11 @@ def main(folder: Path, steps: int, ship: Path) -> None:
 
     def learn(names: tuple[str, ...], steps: int, lr: float, stage: str) -> None:
         described = [a for split in names for a in attributes[split]]
-        data = StackDataset(images=torch.cat([images[split] for split in names]), **judge.labels(described),
-                            keep=torch.tensor([keeps_side(a) for a in described]))
+        data = StackDataset(images=torch.cat([images[split] for split in names]), **judge.labels(described))
 
         def loss(judge: Judge, batch: dict, generator: torch.Generator):
             with torch.autocast(batch["images"].device.type, enabled=False):  # a grid is too fine for bfloat16
-                seen = vary(batch["images"], batch["keep"], generator)
+                seen = vary(batch["images"], generator)
             return sum(F.cross_entropy(logits.float(), batch[part], label_smoothing=0.1)
                        for part, logits in judge(seen).items())
 
