@@ -72,9 +72,19 @@ def _generate(given: argparse.Namespace) -> None:
 
 def _painter(model: str):
     """The pipeline of a system that ships, or of a folder."""
-    module, name = SYSTEMS.get(model, SYSTEMS["emoji"])
+    module, name = SYSTEMS[model if model in SYSTEMS else _system(Path(model))]
     pipeline = getattr(import_module(f"diffusionbook.{module}"), name)
     return pipeline.from_pretrained("emoji" if model in SYSTEMS else model)
+
+
+def _system(folder: Path) -> str:
+    """Which system a folder was written by, told by the files that only that one has; else Stable Diffusion."""
+    index = folder / "model_index.json"
+    if "UnCLIPPipeline" in (index.read_text(encoding="utf8") if index.is_file() else "") or [*folder.glob("prior-ckpt*")]:
+        return "dalle2"
+    if (folder / "glide.json").is_file() or (folder / "base.pt").is_file():
+        return "glide"
+    return "dalle" if (folder / "dalle").is_dir() and not index.is_file() else "emoji"
 
 
 def _train(given: argparse.Namespace) -> None:

@@ -328,9 +328,9 @@ class Decoder(nn.Module):
 
 # %% ../book/11_autoencoders.ipynb #79b9ac4b
 def check_latents(latents: torch.Tensor, channels: int) -> None:
-    """Raise `ValueError` unless `latents` is a tensor (B, channels, h, w). Defined in chapter 11."""
-    if latents.ndim != 4 or latents.shape[1] != channels:
-        raise ValueError(f"latents must have shape (B, {channels}, h, w), got {tuple(latents.shape)}")
+    """Raise `ValueError` unless `latents` is a tensor (B, channels, h, w) with B ≥ 1. Defined in chapter 11."""
+    if latents.ndim != 4 or latents.shape[1] != channels or not latents.numel():
+        raise ValueError(f"latents must have shape (B, {channels}, h, w) with B ≥ 1, got {tuple(latents.shape)}")
 
 
 class VAE(Model):

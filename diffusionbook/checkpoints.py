@@ -6,7 +6,8 @@
 __all__ = ['OLD_DIFFUSERS', 'OLD_TRANSFORMERS', 'OPENAI_TEXT', 'GUIDED_DIFFUSION', 'STACKED', 'LATENT_DIFFUSION_VAE', 'PICKLES',
            'check_keys', 'rename', 'split_qkv', 'guided_diffusion_names', 'from_guided_diffusion',
            'to_guided_diffusion', 'latent_diffusion_vae_names', 'from_latent_diffusion_vae', 'to_latent_diffusion_vae',
-           'write_atomically', 'sha256', 'verify', 'read_json', 'read_tensors', 'read_weights', 'locate', 'Model']
+           'write_atomically', 'all_or_nothing', 'sha256', 'verify', 'read_json', 'read_tensors', 'read_weights',
+           'locate', 'Model']
 
 # %% ../book/A_checkpoints.ipynb #ae9c4e27
 import difflib
@@ -17,6 +18,8 @@ import pickle
 import re
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -237,6 +240,22 @@ def write_atomically(path, write) -> None:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def all_or_nothing(folder) -> Iterator[Path]:
+    """A new folder to write into: at the end what it holds goes to `folder`; after an error nothing does.
+
+    Defined in the appendix on checkpoints.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as part:
+        yield Path(part)
+        for path in (path for path in Path(part).rglob("*") if path.is_file()):
+            target = folder / path.relative_to(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
 
 
 def sha256(path) -> str:

@@ -9,7 +9,6 @@ __all__ = ['GPT2_NAMES', 'DalleConfig', 'RememberingBlock', 'DalleTransformer', 
 # %% ../book/16_dalle.ipynb #3c63264a
 import math
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import Model, locate, rename
+from .checkpoints import Model, all_or_nothing, locate, rename
 from .data import check_images, check_output, from_pil, repeat_captions, to_pil
 from .dvae import DVAE, gumbel_noise
 from .layers import split_heads
@@ -276,10 +275,10 @@ class DallE:
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that `from_pretrained` can load; weights in `dtype`, by default their own."""
-        folder = Path(folder)
-        self.dvae.save_pretrained(folder / "dvae", dtype=dtype)
-        self.transformer.save_pretrained(folder / "dalle", dtype=dtype)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
+        with all_or_nothing(folder) as new:
+            self.dvae.save_pretrained(new / "dvae", dtype=dtype)
+            self.transformer.save_pretrained(new / "dalle", dtype=dtype)
+            self.tokenizer.save_pretrained(new / "tokenizer")
 
     def to(self, device) -> "DallE":
         """Move both networks to a device and return the pipeline."""

@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .checkpoints import Model, locate, read_json, read_tensors, read_weights, write_atomically
+from diffusionbook.checkpoints import (
+    Model,
+    all_or_nothing,
+    locate,
+    read_json,
+    read_tensors,
+    read_weights,
+    write_atomically,
+)
 from .clip import CLIP, CLIPConfig, VisionConfig
 from .data import check_images, check_output, from_pil, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free
@@ -438,25 +446,27 @@ class DallE2:
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that `from_pretrained` can load, in diffusers' layout; weights in `dtype`, or their own."""
-        folder, parts = Path(folder), dict(PARTS)
+        parts = dict(PARTS)
         networks = {"text_encoder": self.text_encoder, "prior": self.prior.network, "text_proj": self.text_projection,
                     "decoder": self.decoder.network}
         schedulers = {"prior_scheduler": (self.prior, self.limit), "decoder_scheduler": (self.decoder, 1.0)}
-        if self.bilinear and self.upsampler is not None:  # a kind that the public layout doesn't know
-            save_denoiser(folder / "upsampler", self.upsampler, dtype=dtype)
-        elif self.upsampler is not None:
+        own = self.bilinear and self.upsampler is not None  # a kind that the public layout doesn't know
+        if self.upsampler is not None and not own:
             networks |= {"super_res_first": self.upsampler.network}
             networks |= {} if self.finisher is None else {"super_res_last": self.finisher}
             schedulers["super_res_scheduler"] = (self.upsampler, 1.0)
             parts |= {name: part for name, part in UPSAMPLING.items() if name in networks or name in schedulers}
-        for name, network in networks.items():
-            network.save_pretrained(folder / name, dtype=dtype)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        if self.clip is not None:
-            self.clip.save_pretrained(folder / "clip", dtype=dtype)
-        for name, (denoise, limit) in schedulers.items():
-            save_scheduler(folder / name, denoise, limit=limit)
-        _write_json(folder / "model_index.json", {"_class_name": "UnCLIPPipeline", **parts})
+        with all_or_nothing(folder) as new:
+            for name, network in networks.items():
+                network.save_pretrained(new / name, dtype=dtype)
+            self.tokenizer.save_pretrained(new / "tokenizer")
+            if own:
+                save_denoiser(new / "upsampler", self.upsampler, dtype=dtype)
+            if self.clip is not None:
+                self.clip.save_pretrained(new / "clip", dtype=dtype)
+            for name, (denoise, limit) in schedulers.items():
+                save_scheduler(new / name, denoise, limit=limit)
+            _write_json(new / "model_index.json", {"_class_name": "UnCLIPPipeline", **parts})
 
 # %% ../book/18_dalle2.ipynb #fa8b2f39
 @dataclass(frozen=True)

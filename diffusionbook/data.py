@@ -37,15 +37,15 @@ def check_images(images: torch.Tensor, *, multiple: int = 1) -> None:
     Height and width must be multiples of `multiple`. Values up to 1 % outside the range pass, for what a network
     returns. Tensors on the `meta` device have no values to check. Defined in chapter 00.
     """
-    if not torch.is_floating_point(images) or images.ndim != 4 or images.shape[1] != 3:
+    if not torch.is_floating_point(images) or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         raise ValueError(
-            f"images must be a float tensor (B, 3, H, W), got {images.dtype} {tuple(images.shape)}; "
-            "from_pil makes one from pictures"
+            f"images must be a float tensor (B, 3, H, W) of at least one picture, got {images.dtype} "
+            f"{tuple(images.shape)}; from_pil makes one from pictures"
         )
     height, width = images.shape[2:]
     if height % multiple or width % multiple:
         raise ValueError(f"height and width must be multiples of {multiple}, got {height}×{width}; resize or crop")
-    if images.device.type == "meta" or not images.numel():
+    if images.device.type == "meta":
         return
     low, high = (v.item() for v in images.detach().aminmax())
     if not (low >= -1.01 and high <= 1.01):

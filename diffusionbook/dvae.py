@@ -258,9 +258,9 @@ class DiscreteAutoencoder(Model):
 
         Raises `ValueError` for another type or shape and for numbers that aren't codes.
         """
-        if codes.dtype != torch.int64 or codes.ndim != 3:
-            raise ValueError(f"codes must be int64 of shape (B, h, w), got {codes.dtype} {tuple(codes.shape)}")
-        if codes.device.type != "meta" and codes.numel() and not 0 <= codes.min() <= codes.max() < self.config.codes:
+        if codes.dtype != torch.int64 or codes.ndim != 3 or not codes.numel():
+            raise ValueError(f"codes must be int64 of shape (B, h, w), B ≥ 1, got {codes.dtype} {tuple(codes.shape)}")
+        if codes.device.type != "meta" and not 0 <= codes.min() <= codes.max() < self.config.codes:
             raise ValueError(f"codes must lie in [0, {self.config.codes - 1}], got "
                              f"[{codes.min()}, {codes.max()}]; use the model that made them")
         return middle(self.decoder.blocks[1:](self.look_up(codes)))

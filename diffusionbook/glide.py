@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .checkpoints import Model, locate, read_json, read_tensors, write_atomically
+from .checkpoints import Model, all_or_nothing, locate, read_json, read_tensors
 from .clip import VisionConfig, VisionEncoder
 from .data import check_images, check_output, from_pil, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free, to_prediction
@@ -399,22 +399,22 @@ class Glide:
 
         Raises `ValueError` for a conditioner that is part of another pipeline, which can be saved in its stead.
         """
-        folder, index = Path(folder), {}
         names = ("base", "conditioner", "upsampler", "upsampler_conditioner")
         parts = {name: part for name in names if (part := getattr(self, name)) is not None}
         for name, part in parts.items():
             if not isinstance(part, Denoiser) and not hasattr(part, "save_pretrained"):
                 raise ValueError(f"the {name}, a {type(part).__name__}, can't be saved by itself; "
                                  "save the pipeline that this one was made from")
-        for name, part in parts.items():
-            if isinstance(part, Denoiser):
-                save_denoiser(folder / name, part, dtype=dtype)
-                index[name] = ["Denoiser", name]
-            else:
-                part.save_pretrained(folder / name, dtype=dtype)
-                index[name] = [f"{type(part).__module__}.{type(part).__name__}", name]
-        text = json.dumps(index, indent=2) + "\n"
-        write_atomically(folder / "glide.json", lambda path: Path(path).write_text(text, encoding="utf8"))
+        index = {}
+        with all_or_nothing(folder) as new:
+            for name, part in parts.items():
+                if isinstance(part, Denoiser):
+                    save_denoiser(new / name, part, dtype=dtype)
+                    index[name] = ["Denoiser", name]
+                else:
+                    part.save_pretrained(new / name, dtype=dtype)
+                    index[name] = [f"{type(part).__module__}.{type(part).__name__}", name]
+            (new / "glide.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf8")
 
     def to(self, device) -> "Glide":
         """Move all networks to a device and return the pipeline."""

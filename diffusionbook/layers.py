@@ -321,12 +321,13 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width: repeat every pixel, then a 3×3 convolution: (B, C, H, W) → (B, C, 2H, 2W).
 
-    Defined in chapter 06.
+    Where an odd number was halved, `size` says how much of the doubled map to keep. Defined in chapter 06.
     """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(double(x))
+    def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+        height, width = size or (None, None)
+        return self.conv(double(x)[..., :height, :width])

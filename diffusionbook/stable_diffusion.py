@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .autoencoders import VAE, VAEConfig
 from diffusionbook.checkpoints import (
-    OPENAI_TEXT, from_latent_diffusion_vae, locate, read_json, read_tensors, rename, split_qkv, write_atomically,
+    OPENAI_TEXT, all_or_nothing, from_latent_diffusion_vae, locate, read_json, read_tensors, rename, sha256, split_qkv,
 )
 from .data import check_images, check_output, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Wrapped, classifier_free
@@ -192,6 +192,10 @@ def _download(repository: str) -> Path:
             f"there is no folder or file {repository!r} here, and the Hugging Face Hub gave none of that name "
             f"({reason}); check the name and the connection, or give the path of a folder downloaded elsewhere"
         ) from error
+    for path in folder.rglob("*"):  # the Hub keeps large files under the SHA-256 of their content
+        if re.fullmatch(r"[0-9a-f]{64}", said := path.resolve().name) and sha256(path) != said:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one that the Hub states; delete it, "
+                             "and call again to download it anew")
     return folder
 
 # %% ../book/19_stable_diffusion.ipynb #8cd44ca3
@@ -283,10 +287,6 @@ class StableDiffusion:
         """Write a folder that `from_pretrained`, and diffusers, can load; weights in `dtype`, by default their own."""
         if self.prediction == "flow" or self.schedule.shift is not None:
             raise ValueError("Stable Diffusion's layout has no place for a flow; save the networks one by one")
-        folder = Path(folder)
-        for part in NETWORKS:
-            getattr(self, part).save_pretrained(folder / part, dtype=dtype)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
         scheduler = self.schedule.to_config() | {
             "_class_name": "DDIMScheduler",
             "clip_sample": False,
@@ -299,9 +299,13 @@ class StableDiffusion:
         nothing["requires_safety_checker"] = False
         kind = "StableDiffusionInpaintPipeline" if self.extra_channels else "StableDiffusionPipeline"
         index = {"_class_name": kind, "_diffusers_version": "0.31.0", **PARTS, **nothing}
-        for name, content in {"scheduler/scheduler_config.json": scheduler, "model_index.json": index}.items():
-            text = json.dumps(content, indent=2) + "\n"
-            write_atomically(folder / name, lambda path, text=text: Path(path).write_text(text))
+        with all_or_nothing(folder) as new:
+            for part in NETWORKS:
+                getattr(self, part).save_pretrained(new / part, dtype=dtype)
+            self.tokenizer.save_pretrained(new / "tokenizer")
+            (new / "scheduler").mkdir()
+            for name, content in {"scheduler/scheduler_config.json": scheduler, "model_index.json": index}.items():
+                (new / name).write_text(json.dumps(content, indent=2) + "\n")
 
     def to(self, device) -> "StableDiffusion":
         """Move all networks to a device and return the pipeline; with `memory="low"` they only come there to work."""
@@ -424,18 +428,19 @@ class StableDiffusion:
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] → latents (B, C, h, w): the middle of the cloud that the VAE gives."""
         check_images(images)  # before a conversion makes whole numbers look like a picture in [-1, 1]
-        return self.vae.encode(images.to(self.device, self.vae.dtype)).mean
+        tile = 256 if self.memory == "low" else None
+        return self.vae.encode(images.to(self.device, self.vae.dtype), tile=tile).mean
 
     def latent_size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Height and width of the latents of a picture of (height, width) pixels; raises `ValueError` if impossible."""
         factor, side = self.vae.factor, self.unet.config.sample_size
         if size is None:
             return side, side
-        multiple = factor * 2 ** (len(self.unet.config.channels) - 1)  # the U-Net halves what the VAE left
+        least = factor * 2 ** (len(self.unet.config.channels) - 1)  # the U-Net halves what the VAE left
         if not isinstance(size, list | tuple) or len(size) != 2:
             raise ValueError(f"size must be (height, width) in pixels, got {size!r}")
-        if any(not isinstance(pixels, Integral) or pixels < multiple or pixels % multiple for pixels in size):
-            raise ValueError(f"height and width must be whole multiples of {multiple}, got {tuple(size)}")
+        if any(not isinstance(pixels, Integral) or pixels < least or pixels % factor for pixels in size):
+            raise ValueError(f"height and width must be multiples of {factor}, at least {least}, got {tuple(size)}")
         return size[0] // factor, size[1] // factor
 
     @property

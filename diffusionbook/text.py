@@ -170,7 +170,7 @@ class Tokenizer:
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._bytes = {symbol: byte for byte, symbol in byte_symbols().items()}
         self.added = {}  # words learned later, each with an id of its own
-        self._cache, self._warned = {}, False
+        self._cache, self._warned = {}, set()
 
     @property
     def vocab_size(self):
@@ -228,7 +228,7 @@ class Tokenizer:
     def __call__(self, texts, *, truncate=True):
         """Ids (B, context_length), int64: begin, text, end, padding.
 
-        A text that is too long loses its last tokens (a warning, once, names what was cut);
+        A text that is too long loses its last tokens (a warning, once for each text, names what was cut);
         with `truncate=False` it raises ValueError.
         """
         if isinstance(texts, str):
@@ -253,10 +253,10 @@ class Tokenizer:
         if not truncate:
             raise ValueError(f"{start!r} has {len(ids)} tokens and there is room for {room}; "
                              "shorten it, or pass truncate=True to cut its end")
-        if not self._warned:
-            self._warned = True
+        if text not in self._warned:
+            self._warned.add(text)
             warnings.warn(f"{start!r} has {len(ids)} tokens and there is room for {room}; this part was cut: "
-                          f"{self.decode(ids[room:])!r} (said once)", stacklevel=3)
+                          f"{self.decode(ids[room:])!r}", stacklevel=3)
 
     def save_pretrained(self, folder):
         """Write the files from which transformers' CLIPTokenizer gives the same ids."""

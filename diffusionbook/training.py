@@ -524,7 +524,9 @@ def run_recipe(path, *, folder, device="cpu", steps: int | None = None, progress
         for x0, names in ((pictures, told), (others, others_told))
     )
     validate = partial(mean_loss, net, unseen, replace(loss, drop=0.0), bf16=recipe["train"]["bf16"])
+    at_start = 1.0 if loss.prediction == "epsilon" and loss.weight is None else None
     fit = partial(train, net, data, loss, weights=balanced_weights(names), folder=folder, progress=progress,
+                  at_start=at_start,
                   evaluate=lambda: {"validation": validate()})
     average = build("train", fit)
     average.swap(net)

@@ -369,7 +369,9 @@ class UpLevel(_Level):
         for i in range(len(self.resnets)):
             x = torch.cat([x, memories.pop()], dim=1)  # (B, C + C', H, W)
             x = self.layer(i, x, time, words)
-        return x if self.upsamplers is None else _resample(self.upsamplers[0], x, time)  # (B, C, 2H, 2W)
+        if self.upsamplers is None:
+            return x
+        return _resample(self.upsamplers[0], x, time, memories[-1].shape[2:])  # (B, C, 2H, 2W), or one less
 
 
 class MiddleLevel(nn.Module):
@@ -412,8 +414,8 @@ def _doubling(config: UNetConfig, width: int) -> ResidualBlock | Upsample:
     return _residual(config, width, width, "up") if config.residual_resampling else Upsample(width)
 
 
-def _resample(block: nn.Module, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    return block(x, time) if isinstance(block, ResidualBlock) else block(x)
+def _resample(block: nn.Module, x: torch.Tensor, time: torch.Tensor, *size) -> torch.Tensor:
+    return block(x, time) if isinstance(block, ResidualBlock) else block(x, *size)
 
 # %% ../book/07_unet.ipynb #edd9f969
 class UNet(Model):
@@ -494,10 +496,12 @@ class UNet(Model):
 
     def _check(self, x, t, context, embedding, mask) -> None:
         config, multiple = self.config, 2 ** (len(self.config.channels) - 1)
-        if x.ndim != 4 or x.shape[1] != config.in_channels or x.shape[2] % multiple or x.shape[3] % multiple:
+        even = not config.residual_resampling  # convolutions halve odd numbers, too
+        if x.ndim != 4 or x.shape[1] != config.in_channels or any(
+                side < multiple if even else side % multiple for side in x.shape[2:]):
             raise ValueError(
-                f"the input must have shape (B, {config.in_channels}, H, W) with H and W multiples of {multiple}, "
-                f"got {tuple(x.shape)}"
+                f"the input must have shape (B, {config.in_channels}, H, W) with H and W "
+                f"{'at least' if even else 'multiples of'} {multiple}, got {tuple(x.shape)}"
             )
         count, width = len(x), 4 * config.channels[0]
         if not isinstance(t, torch.Tensor) or t.shape != (count,):

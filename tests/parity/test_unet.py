@@ -154,6 +154,20 @@ def test_theirs_is_opened_by_us(name, tmp_path):
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("side", [(7, 10), (5, 9), (4, 4)])
+@pytest.mark.parametrize("name", ["like sd15", "like sd21"])
+def test_odd_sizes_are_halved_and_doubled_alike(name, side, tmp_path):
+    ours = randomise(UNet(TINY[name]))
+    ours.save_pretrained(tmp_path)
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
+    _, t, context = inputs(ours.config)
+    x = torch.randn(2, 4, *side)
+    with torch.no_grad():
+        expected = theirs(x, t, context).sample
+        assert expected.shape == x.shape and expected.std() > 0.1
+        torch.testing.assert_close(ours(x, t, context), expected, rtol=1e-4, atol=2e-5)
+
+
 def test_weights_in_the_old_dialect_are_opened(tmp_path):
     theirs = randomise(kind(TINY["like ddpm"]).from_config(TINY["like ddpm"].to_config()))
     theirs.save_pretrained(tmp_path)

@@ -105,7 +105,7 @@ def test_impossible_strengths_are_refused(tiny, picture, options, message):
 
 
 def test_pictures_that_do_not_fit_are_refused(tiny, picture):
-    with pytest.raises(ValueError, match="multiples of 16"):
+    with pytest.raises(ValueError, match="multiples of 8"):
         tiny.img2img(picture.resize((60, 64)), CAPTION, **FAST)
     with pytest.raises(ValueError, match="2 pictures don't go with 3 captions"):
         tiny.img2img([picture] * 2, [CAPTION] * 3, **FAST)
@@ -443,7 +443,7 @@ def test_a_trained_controlnet_minds_its_hint_and_its_strength(painter):
     (torch.full((1, 3, 64, 64), torch.nan), "without NaN"),
     (torch.zeros(1, 1, 64, 64), r"\(1, 1, 64, 64\)"),
     (torch.zeros(2, 3, 64, 64), "3 pictures need one hint or as many"),
-    (torch.zeros(1, 3, 60, 64), "multiples of 16"),
+    (torch.zeros(1, 3, 60, 64), "multiples of 8"),
 ])
 def test_hints_are_checked(painter, hint, message):
     paint = painter.with_controlnet(ControlNet.beside(painter.unet, hint_channels=(8, 16, 16, 32)))

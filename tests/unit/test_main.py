@@ -76,6 +76,23 @@ def test_what_a_system_cannot_do_is_named(run, monkeypatch, tmp_path):
     refused(run("generate", "pizza", "--steps", 5, "--model", "dalle", "--out", tmp_path / "x.png"), "dalle", "--steps")
 
 
+def test_a_folder_says_which_system_it_holds(tmp_path):
+    from diffusionbook.__main__ import _system
+
+    for name, made, system in (
+        ("unclip", {"model_index.json": '{"_class_name": "UnCLIPPipeline"}'}, "dalle2"),
+        ("karlo", {"prior-ckpt-1.pt": ""}, "dalle2"),
+        ("ours", {"glide.json": "{}"}, "glide"),
+        ("theirs", {"base.pt": ""}, "glide"),
+        ("codes", {"dalle/config.json": "{}"}, "dalle"),
+        ("diffusers", {"model_index.json": '{"_class_name": "StableDiffusionPipeline"}', "dalle/x": ""}, "emoji"),
+    ):
+        for file, text in made.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+        assert _system(tmp_path / name) == system, name
+
+
 @pytest.mark.parametrize("count, size", [(4, (130, 130)), (16, (262, 262)), (3, (130, 130)), (1, (64, 64))])
 def test_a_grid(run, model, tiny, tmp_path, count, size):
     code, *_ = run("generate", "pizza", "--grid", count, "--steps", 2, "--model", model, "--out", tmp_path / "grid.png")

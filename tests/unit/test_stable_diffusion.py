@@ -129,14 +129,15 @@ def test_options_reach_the_sampler(tiny):
 def test_size_is_height_and_width(tiny):
     assert tiny(CAPTION, size=(32, 48), **FAST)[0].size == (48, 32)
     assert tiny(CAPTION, size=(32, 48), output="tensor", **FAST).shape == (1, 3, 32, 48)
+    assert tiny(CAPTION, size=(40, 56), output="tensor", **FAST).shape == (1, 3, 40, 56)  # latents of 5 × 7
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"size": (60, 64)}, r"multiples of 16, got \(60, 64\)"),  # 8 for the VAE, 2 for the U-Net
+    ({"size": (60, 64)}, r"multiples of 8, at least 16, got \(60, 64\)"),  # 8 for the VAE, 2 for the U-Net
+    ({"size": (8, 64)}, r"at least 16, got \(8, 64\)"),
     ({"size": (0, 64)}, "multiples of"),
-    ({"size": (72, 64)}, "multiples of 16"),
     ({"size": 64}, r"\(height, width\) in pixels, got 64"),
-    ({"size": (64.0, 64.0)}, "whole multiples of 16"),
+    ({"size": (64.0, 64.0)}, "multiples of 8"),
     ({"n": 0}, "n must be at least 1"),
     ({"n": 2.0}, "n must be at least 1, a whole number, got 2.0"),
     ({"output": "numpy"}, 'output "pil" or "tensor"'),
@@ -240,9 +241,9 @@ def test_nan_is_traced_to_a_layer_and_a_remedy_is_named(tiny):
 
 
 def test_what_a_long_caption_loses_is_said(tiny):
-    tiny.tokenizer._warned = False
-    with pytest.warns(UserWarning, match="there is room for 10; this part was cut: '.*n'"):
-        tiny("pizza " * 20 + "pan", **FAST)
+    for end in ("pan", "plan"):  # each caption, not only the first
+        with pytest.warns(UserWarning, match="there is room for 10; this part was cut: '.*n'"):
+            tiny("pizza " * 20 + end, **FAST)
 
 
 def test_a_network_for_inpainting_says_so(tiny):
@@ -493,6 +494,53 @@ def test_only_what_is_needed_is_downloaded(saved, monkeypatch, tmp_path):
     with pytest.raises((FileNotFoundError, ValueError)):
         StableDiffusion.from_pretrained("someone/a-model")
     assert any(".bin" in pattern for pattern in asked[-1][1])
+
+
+def test_a_damaged_download_is_noticed(saved, monkeypatch, tmp_path):
+    """The Hub's cache holds each large file under its SHA-256, and the repository's folder points there."""
+    weights, blobs = saved / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "blobs"
+    blobs.mkdir()
+    blob = blobs / sha256(weights)
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *given, **options: str(saved))
+    monkeypatch.chdir(tmp_path)
+    assert StableDiffusion.from_pretrained("someone/a-model").name == "a-model"
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors is damaged: its SHA-256.*delete it"):
+        StableDiffusion.from_pretrained("someone/a-model")
+
+
+def test_with_little_memory_pictures_are_read_in_tiles(tiny, monkeypatch):
+    tiles = []
+    read = type(tiny.vae).encode
+    monkeypatch.setattr(type(tiny.vae), "encode", lambda vae, images, *, tile=None: (
+        tiles.append(tile), read(vae, images, tile=tile))[1])
+    parts = {name: getattr(tiny, name) for name in ("unet", "vae", "text_encoder", "tokenizer", "schedule",
+                                                    "prediction")}
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    latents = [StableDiffusion(**parts, memory=memory).encode(image) for memory in (None, "low")]
+    assert tiles == [None, 256] and (latents[0] - latents[1]).abs().max() < 1e-4
+
+
+def test_a_pipeline_is_saved_whole_or_not_at_all(tiny, tmp_path):
+    bias = tiny.vae.decoder.conv_out.bias
+    kept = bias.data.clone()
+    bias.data[0] = 1e6  # too large for float16, and in the last part that is written
+    try:
+        with pytest.raises(ValueError, match="holds NaN or infinity as torch.float16, so nothing was saved"):
+            tiny.save_pretrained(tmp_path / "new", dtype=torch.float16)
+    finally:
+        bias.data = kept
+    assert list(tmp_path.iterdir()) == []
+    tiny.save_pretrained(tmp_path / "new", dtype=torch.float16)
+    before = (tmp_path / "new" / "unet" / "config.json").stat().st_mtime_ns
+    tiny.save_pretrained(tmp_path / "new")  # over the old one
+    assert (tmp_path / "new" / "unet" / "config.json").stat().st_mtime_ns > before
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert StableDiffusion.from_pretrained(tmp_path / "new").name == "new"
 
 
 def test_without_a_connection_the_message_says_what_to_do(monkeypatch, tmp_path):

@@ -149,14 +149,16 @@ def test_rows_begin_end_and_padding(pad, filler):
     assert tokenizer.decode(ids[0]) == "low" and tokenizer.decode(ids[1].tolist()) == ""
 
 
-def test_over_long_text_is_cut_with_one_warning(tokenizer):
+def test_over_long_text_is_cut_with_one_warning_for_each(tokenizer):
+    text = "low low low low low lowest low"
     with pytest.warns(UserWarning, match="room for 6; this part was cut: 'west low'"):
-        ids = tokenizer("low low low low low lowest low")
+        ids = tokenizer(text)
+    with pytest.warns(UserWarning, match="has 8 tokens.*this part was cut: 'low low'"):
+        tokenizer("low " * 8)
     assert ids[0].tolist() == [518, 514, 514, 514, 514, 514, 512, 519]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokenizer(["low " * 20])
-        tokenizer("low " * 6)
+        tokenizer([text, "low " * 6])
     with pytest.raises(ValueError, match="7 tokens and there is room for 6"):
         tokenizer("low " * 7, truncate=False)
     assert tokenizer("low " * 6, truncate=False)[0].tolist() == [518, *[514] * 6, 519]

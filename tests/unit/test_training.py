@@ -718,6 +718,25 @@ def test_what_is_saved_can_be_read_again(tmp_path):
         load_denoiser(folder)
 
 
+def test_a_recipe_checks_its_first_loss(recipe, tmp_path, monkeypatch):
+    """A network that predicts noise and doesn't start at 0 is not what the recipe says it is."""
+    from diffusionbook import training
+
+    text = recipe.read_text()
+    assert 'prediction = "v"' in text
+    recipe.write_text(text.replace('prediction = "v"', 'prediction = "epsilon"'))
+    build = training._unet
+
+    def biased(**options):
+        net = build(**options)
+        torch.nn.init.constant_(net.conv_out.bias, 2.0)
+        return net
+
+    monkeypatch.setattr(training, "_unet", biased)
+    with pytest.raises(ValueError, match="the first loss is .* where 1 was expected"):
+        run_recipe(recipe, folder=tmp_path / "run", steps=1, progress=False)
+
+
 def test_the_recipes_of_the_book_can_be_built(root):
     """Each names a preset and options that exist; nothing is trained."""
     from diffusionbook.training import _schedule, _unet

@@ -125,10 +125,16 @@ def test_half_precision_stays_half():
     assert (half.float() - full).abs().mean() < 0.05 * full.abs().mean()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 4, 8), (2, 4, 9, 8), (2, 4, 8, 7)])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 4, 8), (2, 4, 1, 8), (2, 4, 8, 0)])
 def test_inputs_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"\(B, 4, H, W\) with H and W multiples of 2, got"):
+    with pytest.raises(ValueError, match=r"\(B, 4, H, W\) with H and W at least 2, got"):
         network(SMALL)(torch.zeros(shape), torch.tensor([1, 2]), torch.zeros(2, 5, 10))
+
+
+def test_residual_blocks_double_even_sizes_only():
+    config = dataclasses.replace(SMALL, residual_resampling=True)
+    with pytest.raises(ValueError, match=r"with H and W multiples of 2, got \(2, 4, 9, 8\)"):
+        network(config)(torch.zeros(2, 4, 9, 8), torch.tensor([1, 2]), torch.zeros(2, 5, 10))
 
 
 @pytest.mark.parametrize("context, got", [(None, "none"), (torch.zeros(2, 5, 9), r"\(2, 5, 9\)")])
