@@ -1,6 +1,6 @@
 """A CLIP that no system of this book was trained on, is guided by or ranks with, to score what they paint.
 
-    python benchmarks/critic.py [--folder runs/critic] [--steps 2000]
+    python benchmarks/critic.py [--folder runs/critic] [--steps 700]
 
 Its picture side is the judge's, as it is; a text transformer and one linear layer learn to agree with it (Zhai et al.
 2022, "LiT": locked-image tuning), from the training pictures alone. Minutes on one CPU core; the state stays in the
@@ -23,7 +23,7 @@ from diffusionbook.metrics import Judge
 from diffusionbook.text import TextConfig, TextEncoder, Tokenizer
 from diffusionbook.training import balanced_weights, train
 
-WIDTH, BATCH, STEPS = 192, 192, 2000
+WIDTH, BATCH, STEPS = 192, 192, 700
 WITHOUT_STYLE = 0.2  # captions that leave the style out
 UNSEEN = ("validation", "object_style", "tone_style")
 

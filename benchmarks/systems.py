@@ -2,6 +2,7 @@
 
     python benchmarks/systems.py [--systems sd glide dalle dalle2] [--pictures 512]
     python benchmarks/systems.py --systems dalle2 dalle2-text dalle2-caption
+    python benchmarks/systems.py --time            # seconds a picture, on a machine that does nothing else
 
 The second line is the control that papers ask for: the decoder told what the prior draws, told the text's embedding in
 its place, or told the caption alone. Each result is a line in benchmarks/systems.jsonl; what is there already isn't
@@ -11,7 +12,7 @@ of CLIP and of the systems that are measured.
 
 import argparse
 import json
-import time
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from critic import Critic, features_of, trained_critic
 from safetensors.torch import load_file, save_file
+from timing import in_turns
 
 from diffusionbook.data import compose_caption, emoji, pick_device
 from diffusionbook.metrics import Judge, data_copying, fid, kid, nearest_neighbours
 
 LOG = Path(__file__).with_suffix(".jsonl")
+SECONDS = LOG.with_name("systems_seconds.json")
 KINDS = ("tone_style", "object_style")  # the easy kind of held-out combination, and the hard one
 BATCH = 32
 VARIED, SEEDS = 16, 8  # captions without a style, and pictures of each
@@ -87,24 +90,20 @@ def unstyled() -> list[str]:
     return [name for name in names[::max(1, len(names) // VARIED)][:VARIED] for _ in range(SEEDS)]
 
 
-def paint_all(paint: Paint, captions: list[str], folder: Path, *, restart: int = 0) -> tuple[torch.Tensor, float]:
-    """One picture (3, 64, 64) for each caption, in [-1, 1] on the CPU, and the seconds that each took.
+def paint_all(paint: Paint, captions: list[str], folder: Path, *, restart: int = 0) -> torch.Tensor:
+    """One picture (3, 64, 64) for each caption, in [-1, 1] on the CPU.
 
     Picture i begins from seed i, or i % restart. Finished batches are kept in the folder and not painted again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures, seconds, batch = [], 0.0, restart or BATCH
+    pictures, batch = [], restart or BATCH
     for i in range(0, len(captions), batch):
         asked, file = captions[i:i + batch], folder / f"{i}-{min(i + batch, len(captions))}.safetensors"
         if not file.exists():
-            start = time.perf_counter()
             painted = paint(asked, seed=0 if restart else i).float().cpu().clamp(-1, 1)
-            save_file({"pictures": painted.add(1).mul(127.5).round().byte().contiguous(),
-                       "seconds": torch.tensor(time.perf_counter() - start)}, file)
-        part = load_file(file)
-        pictures.append(part["pictures"] / 127.5 - 1)
-        seconds += part["seconds"].item()
-    return torch.cat(pictures), seconds / len(captions)
+            save_file({"pictures": painted.add(1).mul(127.5).round().byte().contiguous()}, file)
+        pictures.append(load_file(file)["pictures"] / 127.5 - 1)
+    return torch.cat(pictures)
 
 
 @torch.no_grad()
@@ -146,11 +145,22 @@ def measure(paint: Paint, folder: Path, *, pictures: int, judge: Judge, critic: 
     results = {}
     for kind in kinds:
         chosen, attributes, captions = questions(kind, pictures)
-        painted, seconds = paint_all(paint, captions, folder / kind)
+        painted = paint_all(paint, captions, folder / kind)
         results[kind] = scores(painted, emoji(kind).images(chosen), attributes, captions, judge=judge, critic=critic,
-                               train=train) | {"seconds": seconds, "pictures": pictures}
-    results["variety"] = variety(paint_all(paint, unstyled(), folder / "variety", restart=SEEDS)[0], judge)
+                               train=train)
+    results["variety"] = variety(paint_all(paint, unstyled(), folder / "variety", restart=SEEDS), judge)
     return results
+
+
+def clock(paints: dict[str, Paint], device, *, rounds: int = 5) -> dict:
+    """Seconds a picture of each system, the median of calls for eight pictures in turns."""
+    captions = questions(KINDS[0], 8)[2]
+    calls = [lambda paint=paint: paint(captions, seed=0) for paint in paints.values()]
+    in_turns(calls, 1, cuda=device.type == "cuda")  # the first of all is slower
+    times = in_turns(calls, rounds, cuda=device.type == "cuda")
+    seconds = {name: round(statistics.median(part) / 1000 / len(captions), 3)
+               for name, part in zip(paints, times, strict=True)}
+    return {"device": device.type, "threads": torch.get_num_threads(), "seconds": seconds}
 
 
 def table(rows: list[dict]) -> str:
@@ -173,8 +183,13 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", default=["sd", "glide", "dalle", "dalle2"], choices=known)
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--folder", type=Path, default=Path("runs/systems"), help="where pictures are kept")
+    parser.add_argument("--time", action="store_true", help="measure seconds a picture and stop")
     parser.add_argument("--tables", action="store_true", help="print what was measured and stop")
     given = parser.parse_args()
+    if given.time:
+        found = clock({name: known[name]()[0] for name in given.systems}, device)
+        SECONDS.write_text(json.dumps(found) + "\n")
+        return print(found)
     rows = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
     if not given.tables:
         judge = Judge.from_pretrained("emoji").to(device)
@@ -192,6 +207,8 @@ def main() -> None:
             with LOG.open("a") as log:
                 log.write(json.dumps(row) + "\n")
     print(table(rows))
+    if SECONDS.exists():
+        print("\nseconds a picture:", json.loads(SECONDS.read_text()))
 
 
 if __name__ == "__main__":
