@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionbook.denoising import Denoiser, Wrapped
+from diffusionbook.denoising import Condition, Denoiser, Wrapped, to_prediction
 from diffusionbook.samplers import (
     ddim,
     ddpm,
@@ -20,6 +20,7 @@ from diffusionbook.samplers import (
     lcm,
     levels,
     pndm,
+    rescaled_guidance,
     timesteps,
     unipc,
 )
@@ -264,12 +265,41 @@ def test_trailing_times_for_every_number_of_steps():
             assert np.abs(found - ours).max() <= (0 if 1000 % steps == 0 else 1), steps
 
 
-@pytest.mark.parametrize("steps", [4, 10, 50, 100, 250])
-def test_leading_and_linspace_times(steps):
-    for spacing, offset in (("leading", 1), ("linspace", 0)):
-        scheduler_ = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
+@pytest.mark.parametrize("spacing, offset", [("leading", 1), ("linspace", 0)])
+def test_leading_and_linspace_times_for_every_number_of_steps(spacing, offset):
+    scheduler_ = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
+    for steps in range(1, 1001):
         scheduler_.set_timesteps(steps)
-        assert scheduler_.timesteps.tolist() == timesteps(SCHEDULES["linear"], steps, spacing=spacing)[:-1]
+        found, ours = scheduler_.timesteps.tolist(), timesteps(SCHEDULES["linear"], steps, spacing=spacing)[:-1]
+        if spacing == "leading" and found[0] > 999:  # they leave the table, see below
+            found = [t - 1 for t in found]
+        if spacing == "linspace" and steps == 1:  # numpy's one point is the first, and nothing is painted from t = 0
+            found = [999]
+        exact = [999 - i * 999 / max(1, steps - 1) for i in range(steps)]
+        ties = [spacing == "linspace" and abs(t % 1 - 0.5) < 1e-9 for t in exact]  # rounded up or down, as floats fall
+        assert len(found) == steps and all(a == b or (tie and abs(a - b) == 1)
+                                           for a, b, tie in zip(found, ours, ties, strict=True)), steps
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_rescaled_guidance(prediction, phi):
+    """Theirs works on what the network says, and leaves the conversion to the scheduler."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    def told(x, t, *, context):
+        return network(x, t) * context[:, 0, 0].view(-1, 1, 1, 1)
+
+    yes, no = torch.full((4, 1, 1), 1.3), torch.full((4, 1, 1), 0.8)
+    schedule, t = SCHEDULES["linear"], 600
+    asked, without = told(X, t, context=yes), told(X, t, context=no)
+    wanted = rescale_noise_cfg(without + 7.5 * (asked - without), asked, guidance_rescale=phi)
+    denoise = Denoiser(told, schedule, prediction, Condition(context=yes))
+    found = rescaled_guidance(denoise, Condition(context=no), scale=7.5, phi=phi)(X, t)
+    expected = to_prediction(wanted, X, t, schedule=schedule, prediction=prediction)
+    assert_equal(found.x0, expected.x0)
+    assert_equal(found.eps, expected.eps)
+    assert phi == 0 or (wanted - (without + 7.5 * (asked - without))).abs().max() > 0.1
 
 
 # Not equal, and why. Each test says what theirs does; should one fail, theirs has been mended.
