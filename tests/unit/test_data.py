@@ -512,3 +512,11 @@ def test_pictures_are_stored_as_the_script_writes_them(rows):
             assert np.array_equal(np.asarray(picture), pixels)
         if Image.__version__ == "13.0.0":
             assert again == row["bytes"], row["caption"]
+
+
+def test_the_table_is_written_twice_with_the_same_bytes(rows, tmp_path):
+    some = [row | {"image": {"bytes": row["bytes"], "path": None}} for row in rows[::100]]
+    for name in ("once", "twice"):
+        build_emoji.write_table([dict(row) for row in some], tmp_path / name)
+    once, twice = ((tmp_path / name).read_bytes() for name in ("once", "twice"))
+    assert once == twice and len(once) > 100_000

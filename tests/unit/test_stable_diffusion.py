@@ -465,6 +465,35 @@ def test_a_single_file_gives_the_same_pipeline(tmp_path, modern):
     assert base.prediction == "epsilon"
 
 
+@pytest.mark.filterwarnings("ignore:.*there is room for:UserWarning")
+def test_a_single_file_of_the_inpainting_kind_wants_nine_channels(tmp_path):
+    painter = ldm_painter(modern=False)
+    unet = UNet(replace(painter.unet.config, in_channels=9)).eval()
+    unet.load_state_dict({key: tensor if key != "conv_in.weight" else torch.cat([tensor, tensor, tensor[:, :1]], 1)
+                          for key, tensor in painter.unet.state_dict().items()})
+    painter = StableDiffusion(unet=unet, **{name: getattr(painter, name) for name in (
+        "vae", "text_encoder", "tokenizer", "schedule", "prediction")})
+    save_file(single_file(painter, modern=False), tmp_path / "inpaint.safetensors")
+    found = StableDiffusion.from_pretrained(tmp_path / "inpaint.safetensors", tokenizer=painter.tokenizer)
+    assert found.extra_channels == 5 and found.prediction == "epsilon"
+    image, mask = torch.rand(1, 3, 32, 32) * 2 - 1, torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    mask[..., :16] = True
+    wanted, painted = (pipe.inpaint(image, mask, CAPTION, output="tensor", **FAST) for pipe in (painter, found))
+    assert torch.equal(wanted, painted)
+    with pytest.raises(ValueError, match="call inpaint"):
+        found(CAPTION, size=(32, 32), **FAST)
+
+
+def test_a_single_file_without_signal_at_its_end_says_so_in_its_table(tmp_path):
+    painter = ldm_painter(modern=True)
+    state = single_file(painter, modern=True)
+    for schedule in (painter.schedule, painter.schedule.zero_terminal_snr()):
+        save_file(state | {"alphas_cumprod": schedule.alpha_bar.float()}, tmp_path / "model.safetensors")
+        found = StableDiffusion.from_pretrained(tmp_path / "model.safetensors", tokenizer=painter.tokenizer)
+        assert torch.allclose(found.schedule.alpha_bar, schedule.alpha_bar, atol=1e-6)
+    assert found.schedule.alpha_bar[-1] == 0
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     save_file({"model.diffusion_model.out.2.weight": torch.ones(1)}, tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match="lacks vae, text_encoder: no checkpoint of a whole"):
