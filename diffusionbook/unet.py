@@ -496,12 +496,12 @@ class UNet(Model):
 
     def _check(self, x, t, context, embedding, mask) -> None:
         config, multiple = self.config, 2 ** (len(self.config.channels) - 1)
-        even = not config.residual_resampling  # convolutions halve odd numbers, too
+        any_size = not config.residual_resampling  # convolutions halve odd numbers, too
         if x.ndim != 4 or x.shape[1] != config.in_channels or any(
-                side < multiple if even else side % multiple for side in x.shape[2:]):
+                side < multiple if any_size else side % multiple for side in x.shape[2:]):
             raise ValueError(
                 f"the input must have shape (B, {config.in_channels}, H, W) with H and W "
-                f"{'at least' if even else 'multiples of'} {multiple}, got {tuple(x.shape)}"
+                f"{'at least' if any_size else 'multiples of'} {multiple}, got {tuple(x.shape)}"
             )
         count, width = len(x), 4 * config.channels[0]
         if not isinstance(t, torch.Tensor) or t.shape != (count,):
