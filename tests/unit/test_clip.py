@@ -313,7 +313,7 @@ def test_zero_shot(clip, images):
 @pytest.mark.parametrize("images, texts, error, match", [
     (torch.zeros(2, 3, 16, 17), WORDS[:2], ValueError, "16×16 pixels, got 16×17"),
     (torch.zeros(2, 3, 32, 32), WORDS[:2], ValueError, r"from_pil\(…, size=16\)"),
-    (torch.zeros(0, 3, 16, 16), [], ValueError, "empty"),
+    (torch.zeros(0, 3, 16, 16), [], ValueError, "at least one picture"),
     (torch.full((2, 3, 16, 16), 255.0), WORDS[:2], ValueError, r"\[-1, 1\]"),
     (torch.zeros(2, 1, 16, 16), WORDS[:2], ValueError, r"\(B, 3, H, W\)"),
     (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), WORDS[:2], ValueError, "float tensor.*uint8"),
