@@ -1,0 +1,77 @@
+"""Recipes whose weights don't ship: two steps of each, on a few pictures, end in a file that does what it should."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusionbook.editing import Controlled, ControlNet
+from diffusionbook.stable_diffusion import StableDiffusion
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FEW = {"steps": 2, "batch": 4, "device": torch.device("cpu"), "limit": 8}
+
+
+@pytest.fixture(autouse=True)
+def recipes_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    yield
+    for name in [name for name in sys.modules if name.startswith("emoji_") or name == "shared"]:
+        del sys.modules[name]
+
+
+def printed(capsys) -> str:
+    return capsys.readouterr().out
+
+
+def test_lcm(tmp_path, capsys):
+    """The student starts as the teacher, learns, and its file changes what the pipeline paints in a few steps."""
+    import emoji_lcm
+
+    emoji_lcm.main(tmp_path / "run", ship=tmp_path, **FEW)
+    assert "squared distance" in printed(capsys)
+    painter = StableDiffusion.from_pretrained("emoji")
+    options = {"steps": 2, "sampler": "lcm", "spacing": "lcm", "guidance": 1, "seed": 0, "output": "tensor",
+               "progress": False}
+    before = painter("red heart", **options)
+    lora = painter.load_lora(tmp_path / "lcm" / "pytorch_lora_weights.safetensors")
+    after = painter("red heart", **options)
+    assert 1e-4 < (after - before).abs().max() < 0.5, "two steps of training should change pictures, and only a little"
+    lora.scale = 0.0
+    assert torch.equal(painter("red heart", **options), before), "without it the pipeline is the teacher again"
+
+
+def test_controlnet(tmp_path, capsys):
+    """Before it learns, hints change nothing; afterwards they do, through the file that was saved."""
+    import emoji_controlnet
+
+    emoji_controlnet.main(tmp_path / "run", ship=tmp_path, **FEW)
+    said = printed(capsys)
+    assert "validation before" in said and "validation after" in said
+    painter, g = StableDiffusion.from_pretrained("emoji"), torch.Generator().manual_seed(0)
+    control = ControlNet.from_pretrained(tmp_path / "controlnet")
+    x, hint = torch.randn(1, 4, 8, 8, generator=g), (torch.rand(1, 3, 64, 64, generator=g) < 0.1).float()
+    context = painter.encode_text(["red heart"])
+    with torch.no_grad():
+        plain = painter.unet(x, torch.tensor([500]), context=context)
+        learned = Controlled(painter.unet, control, hint)(x, torch.tensor([500]), context=context)
+        unlearned = Controlled(painter.unet, ControlNet.beside(painter.unet), hint)(x, torch.tensor([500]),
+                                                                                   context=context)
+    assert torch.equal(unlearned, plain)
+    assert 1e-6 < (learned - plain).abs().max() < 0.5
+
+
+def test_stable_diffusion(tmp_path, capsys):
+    """A new U-Net on the frozen VAE and CLIP: the whole pipeline is written, with CLIP's text encoder in it."""
+    import emoji_stable_diffusion
+
+    from diffusionbook.clip import CLIP
+
+    emoji_stable_diffusion.main(tmp_path / "run", compiled=False, ship=tmp_path / "ship", **FEW)
+    errors = dict(line.split(": ") for line in printed(capsys).splitlines() if ": " in line)
+    for split in ("validation", "object_style", "tone_style"):
+        assert 0.7 < float(errors[split]) < 1.5, "a network that knows nothing should be wrong by about 1"
+    painter, clip = StableDiffusion.from_pretrained(tmp_path / "ship"), CLIP.from_pretrained("emoji")
+    assert torch.allclose(painter.encode_text(["pizza"]), clip.text_model(clip.tokenizer(["pizza"])), atol=2e-3)
+    assert painter("pizza", steps=1, output="tensor", progress=False).shape == (1, 3, 64, 64)
