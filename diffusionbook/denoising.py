@@ -71,8 +71,8 @@ def to_prediction(output: Tensor, x: Tensor, t, *, schedule: NoiseSchedule, pred
     if prediction == "epsilon" and not levels[0].is_meta and (levels[0] == 0).any():
         raise ValueError('a network that predicts "epsilon" can\'t start where no signal is left; '
                          'train it to predict "v" or "flow", or begin at an earlier t')
-    alpha, sigma = _shaped(levels, x)
-    y, x_t = output.to(alpha.dtype), x.to(alpha.dtype)
+    (alpha, sigma), exact = _shaped(levels, x), torch.promote_types(x.dtype, torch.float32)
+    y, x_t = output.to(exact), x.to(exact)
     if prediction == "epsilon":
         x0, eps = (x_t - sigma * y) / alpha, y
     elif prediction == "x0":
@@ -99,7 +99,9 @@ def _split(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _shaped(levels: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, in a shape to multiply x, in float32 at least."""
+    """alpha and sigma, in a shape to multiply x, in float32 at least; those of a single time stay plain numbers."""
+    if levels[0].ndim == 0 and not levels[0].is_meta:
+        return levels
     dtype, shape = torch.promote_types(x.dtype, torch.float32), (-1, *[1] * (x.ndim - 1))
     alpha, sigma = (level.to(x.device, dtype).reshape(shape) for level in levels)
     return alpha, sigma
@@ -271,7 +273,8 @@ def learned_log_variance(mix: Tensor, t, t_next, *, schedule: NoiseSchedule) -> 
                         schedule.posterior_variance(t, t_next))
     most = schedule.step_variance(t, t_next)
     least, most = _shaped((least.clamp(min=1e-20).log(), most.log()), mix)
-    return (mix * most + (1 - mix) * least).to(mix.dtype)
+    share = mix.to(torch.promote_types(mix.dtype, torch.float32))
+    return (share * most + (1 - share) * least).to(mix.dtype)
 
 # %% ../book/05_denoising.ipynb #42641fb6
 def _normal_kl(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:

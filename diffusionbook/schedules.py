@@ -10,7 +10,7 @@ __all__ = ['linear_betas', 'scaled_linear_betas', 'sigmoid_ramp_betas', 'betas_f
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from numbers import Integral, Real
 
 import torch
@@ -343,6 +343,9 @@ class NoiseSchedule:
 
     def levels(self, t) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t) at once, for less than the price of two; see `alpha`. Defined in chapter 04."""
+        if isinstance(t, Real) and not isinstance(t, bool):
+            alpha, sigma = _levels_at(self, float(t))
+            return torch.tensor(alpha, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
         alpha, sigma = self._alpha_sigma(t)
         return self._like_t(alpha, t), self._like_t(sigma, t)
 
@@ -470,6 +473,13 @@ class NoiseSchedule:
         if not isinstance(t, Tensor):
             return values
         return values.to(torch.float64 if t.dtype == torch.float64 else torch.float32).to(t.device)
+
+
+@lru_cache(maxsize=4096)
+def _levels_at(schedule: NoiseSchedule, t: float) -> tuple[float, float]:
+    """alpha and sigma at one time, remembered: samplers ask for the same few times again and again."""
+    alpha, sigma = schedule._alpha_sigma(t)
+    return alpha.item(), sigma.item()
 
 # %% ../book/04_noise_schedules.ipynb #ch04-36
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
