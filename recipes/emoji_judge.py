@@ -7,6 +7,8 @@ pictures, because the judge of painted pictures should know every real one. Resu
 stopped. At the end the weights go to diffusionbook/weights/emoji/judge.
 """
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,6 +40,20 @@ def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (mixed + roughness * torch.randn(images.shape, generator=generator).to(images.device)).clamp(-1, 1)
 
 
+def weighed(report: Callable[[list[int]], dict[str, float]], unseen: list[dict], whole: list[dict]) -> dict[str, float]:
+    """The report on unseen pictures, weighed so that each kind counts as often as it comes up in the whole data set.
+
+    A kind is a group, with a skin tone or without. Nearly all unseen pictures show objects, which are the hard ones,
+    and half of all pictures show people with a skin tone.
+    """
+    kinds, often = ([(a["group"], a["tone"] is None) for a in part] for part in (unseen, whole))
+    total = Counter()
+    for kind, count in Counter(often).items():
+        found = report([i for i, other in enumerate(kinds) if other == kind])
+        total.update({key: share * count / len(often) for key, share in found.items()})
+    return dict(total)
+
+
 def main(folder: Path, steps: int, ship: Path) -> None:
     device = pick_device()
     splits = {split: emoji(split) for split in SPLITS}
@@ -48,6 +64,8 @@ def main(folder: Path, steps: int, ship: Path) -> None:
                          tones=(None, *sorted(known["tone"] - {None})))
     torch.manual_seed(0)
     judge = Judge(config).to(device)
+
+    unseen = torch.cat([images[split] for split in UNSEEN]), [a for split in UNSEEN for a in attributes[split]]
 
     def report(*names: str) -> dict[str, float]:
         pictures = torch.cat([images[split] for split in names])
@@ -69,6 +87,9 @@ def main(folder: Path, steps: int, ship: Path) -> None:
 
     learn(("train",), steps, 2e-3, "train")
     report_unseen(report)
+    print("weighed like the data set:", weighed(
+        lambda index: judge.report(unseen[0][index], [unseen[1][i] for i in index]), unseen[1],
+        [a for part in attributes.values() for a in part]))
     learn(SPLITS, steps // 8, 5e-4, "all")
     judge.eval().save_pretrained(ship / "judge", dtype=torch.float16)
 
