@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OLD_DIFFUSERS', 'OLD_TRANSFORMERS', 'OPENAI_TEXT', 'GUIDED_DIFFUSION', 'STACKED', 'LATENT_DIFFUSION_VAE', 'PICKLES',
-           'check_keys', 'rename', 'split_qkv', 'guided_diffusion_names', 'from_guided_diffusion',
+           'is_finite', 'check_keys', 'rename', 'split_qkv', 'guided_diffusion_names', 'from_guided_diffusion',
            'to_guided_diffusion', 'latent_diffusion_vae_names', 'from_latent_diffusion_vae', 'to_latent_diffusion_vae',
            'write_atomically', 'all_or_nothing', 'sha256', 'verify', 'read_json', 'read_tensors', 'read_weights',
            'locate', 'Model']
@@ -29,6 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 # %% ../book/A_checkpoints.ipynb #fdaa65c5
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Is there neither NaN nor infinity in a tensor? Defined in the appendix on checkpoints.
+
+    One pass and no copy: NaN would be both ends of the range. On a billion weights that saves many seconds.
+    """
+    return not tensor.numel() or all(end.isfinite().item() for end in tensor.aminmax())
+
+
 def check_keys(expected, found, *, where: str = "the weights") -> None:
     """Raise unless two collections of state-dict keys are equal.
 
@@ -415,7 +423,7 @@ class Model(nn.Module):
                 )
             place = tensor.device if own[key].is_meta else own[key].device
             placed[key] = tensor.to(place, dtype, copy=not own[key].is_meta)
-            if not torch.isfinite(placed[key]).all():
+            if not is_finite(placed[key]):
                 raise ValueError(f"{where}: {key} holds NaN or infinity as {dtype}; the file was damaged, training "
                                  "diverged, or the type is too narrow")
         self.load_state_dict(placed, assign=True)
@@ -429,7 +437,7 @@ class Model(nn.Module):
         folder = Path(folder)
         state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
         for key, tensor in state.items():
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise ValueError(f"{key} holds NaN or infinity as {tensor.dtype}, so nothing was saved; training "
                                  "diverged, or the type is too narrow")
         text = json.dumps(self.config.to_config(), indent=2) + "\n"
