@@ -30,7 +30,7 @@ from torch import nn
 
 # %% ../book/A_checkpoints.ipynb #fdaa65c5
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Is there neither NaN nor infinity in a tensor? Defined in the appendix on checkpoints.
+    """Is there neither NaN nor infinity in a tensor of any shape? Defined in the appendix on checkpoints.
 
     One pass and no copy: NaN would be both ends of the range. On a billion weights that saves many seconds.
     """
