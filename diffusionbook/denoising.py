@@ -99,11 +99,12 @@ def _split(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _shaped(levels: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, in a shape to multiply x, in float32 at least; those of a single time stay plain numbers."""
-    if levels[0].ndim == 0 and not levels[0].is_meta:
-        return levels
+    """alpha and sigma, in a shape to multiply x, in float32 at least; a single one on the CPU fits any device."""
     dtype, shape = torch.promote_types(x.dtype, torch.float32), (-1, *[1] * (x.ndim - 1))
-    alpha, sigma = (level.to(x.device, dtype).reshape(shape) for level in levels)
+    if levels[0].ndim == 0 and levels[0].device.type == "cpu":
+        alpha, sigma = (level.to(dtype) for level in levels)
+    else:
+        alpha, sigma = (level.to(x.device, dtype).reshape(shape) for level in levels)
     return alpha, sigma
 
 # %% ../book/05_denoising.ipynb #b2b1a145

@@ -223,7 +223,7 @@ class AttentionBlock(Attention):
             v = torch.cat([self.add_v_proj(context), v], dim=1)
             mask = None if mask is None else F.pad(mask, (0, row.shape[1]), value=True)
         row = self.to_out[0](attend(q, k, v, heads=self.heads, mask=mask))
-        return self.unflatten(row, x.shape[2:]) + x  # in the order of the sum: its layout is the faster one
+        return self.unflatten(row, x.shape[2:]) + x  # a sum has its first part's memory layout: channels last is faster
 
 # %% ../book/06_blocks.ipynb #8dbbc7db
 class GEGLU(nn.Module):

@@ -1,4 +1,4 @@
-"""Recipes whose weights don't ship: two steps of each, on a few pictures, end in a file that does what it should."""
+"""Recipes that go on from shipped weights: two steps each, on a few pictures, and the files do what they should."""
 
 import sys
 from pathlib import Path
