@@ -24,6 +24,7 @@ from .autoencoders import VAE, VAEConfig
 from diffusionbook.checkpoints import (
     OPENAI_TEXT, all_or_nothing, from_latent_diffusion_vae, locate, read_json, read_tensors, rename, sha256, split_qkv,
 )
+from .clip import CLIP
 from .data import check_images, check_output, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Wrapped, classifier_free
 from .layers import Attention, attention_weights, split_heads
@@ -48,11 +49,17 @@ NETWORKS = ("text_encoder", "unet", "vae")
 def read_pipeline(folder, *, dtype: torch.dtype = torch.float32) -> dict:
     """Everything a `StableDiffusion` is made of, from a folder in diffusers' layout.
 
+    Text encoder and tokenizer may also be those of a whole CLIP in the folder `clip`, as with the miniatures, of which
+    several read one CLIP.
+
     Raises `FileNotFoundError` that lists what is missing, `ValueError` for what doesn't fit or was altered.
     Defined in chapter 19.
     """
     folder = Path(folder)
-    if missing := [part for part in PARTS if not (folder / part).is_dir()]:
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if from_clip := "text_encoder" in missing and (folder / "clip").is_dir():
+        missing = [part for part in missing if part not in ("text_encoder", "tokenizer")]
+    if missing:
         raise FileNotFoundError(
             f"{folder} is not a complete pipeline: it lacks {', '.join(missing)}; download or save it again"
         )
@@ -60,11 +67,17 @@ def read_pipeline(folder, *, dtype: torch.dtype = torch.float32) -> dict:
     kind, kinds = scheduler.get("prediction_type", "epsilon"), {theirs: ours for ours, theirs in SAVED.items()}
     if kind not in kinds:
         raise ValueError(f"prediction_type={kind!r} in {folder.name}/scheduler; expected one of {', '.join(kinds)}")
+    if from_clip:
+        clip = CLIP.from_pretrained(folder / "clip", dtype=dtype)
+        text_encoder, tokenizer = clip.text_model, clip.tokenizer or Tokenizer.from_pretrained(folder / "tokenizer")
+    else:
+        text_encoder = TextEncoder.from_pretrained(folder / "text_encoder", dtype=dtype)
+        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
     return {
         "vae": VAE.from_pretrained(folder / "vae", dtype=dtype),
         "unet": UNet.from_pretrained(folder / "unet", dtype=dtype),
-        "text_encoder": TextEncoder.from_pretrained(folder / "text_encoder", dtype=dtype),
-        "tokenizer": Tokenizer.from_pretrained(folder / "tokenizer"),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
         "schedule": NoiseSchedule.from_config(scheduler),
         "prediction": kinds[kind],
     }

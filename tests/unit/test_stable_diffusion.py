@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import huggingface_hub
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusionbook.autoencoders import VAE, VAEConfig
 from diffusionbook.checkpoints import locate, sha256, to_guided_diffusion, to_latent_diffusion_vae
+from diffusionbook.clip import CLIP, CLIPConfig, VisionConfig
 from diffusionbook.data import from_pil, to_pil
 from diffusionbook.denoising import Condition, Denoiser
 from diffusionbook.samplers import dpmpp_2m, starting_noise, timesteps
@@ -332,6 +334,23 @@ def test_the_folder_is_a_pipeline_of_diffusers(saved):
     scheduler = json.loads((saved / "scheduler/scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "v_prediction" and scheduler["timestep_spacing"] == "trailing"
     assert scheduler["clip_sample"] is False and scheduler["beta_schedule"] == "squaredcos_cap_v2"
+
+
+def test_the_words_may_come_from_a_whole_clip(tiny, saved):
+    vision = VisionConfig(image_size=16, patch=8, width=16, layers=1, heads=2)
+    clip = CLIP(CLIPConfig(tiny.text_encoder.config, vision, 8))
+    clip.text_model.load_state_dict(tiny.text_encoder.state_dict())
+    clip.save_pretrained(saved / "clip")
+    shutil.rmtree(saved / "text_encoder")
+    again = StableDiffusion.from_pretrained(saved)
+    assert np.array_equal(pixels(again(CAPTION, **FAST)), pixels(tiny(CAPTION, **FAST)))
+    shutil.move(saved / "tokenizer", saved / "other")
+    with pytest.raises(FileNotFoundError, match="tokenizer"):
+        StableDiffusion.from_pretrained(saved)
+    clip.tokenizer = tiny.tokenizer
+    clip.save_pretrained(saved / "clip")
+    again = StableDiffusion.from_pretrained(saved)
+    assert np.array_equal(pixels(again(CAPTION, **FAST)), pixels(tiny(CAPTION, **FAST)))
 
 
 @pytest.mark.parametrize("part", PARTS)
