@@ -1,20 +1,22 @@
 """Train the miniature Stable Diffusion on the emoji: the latent U-Net, told by the frozen miniature CLIP.
 
     python recipes/emoji_stable_diffusion.py [--folder runs/emoji_stable_diffusion] [--steps 40000] [--batch 256]
-                                             [--device cuda] [--compile]
+                                             [--device cuda] [--compile] [--start FOLDER]
 
 Needs the VAE of recipes/emoji_vae.py and the CLIP of recipes/emoji_clip.py; neither takes part in the training, so
 pictures and captions are encoded once. Resumable: the same command goes on where it stopped. At the end the whole
-pipeline goes to diffusionbook/weights/emoji (or to `--ship`), as diffusers' StableDiffusionPipeline reads it. On two
-CPU cores take `--steps 11000 --batch 64`.
+pipeline lies in the run's folder as `pipeline`, as diffusers' StableDiffusionPipeline reads it, and what is new in it,
+U-Net and scheduler, goes to diffusionbook/weights/emoji (or to `--ship`). On two CPU cores take `--steps 11000
+--batch 64`. With `--start` the U-Net begins as that of another pipeline, which may have read another text encoder: half
+of the steps then do.
 
-An object has two or three pictures only, a person has dozens. What is done about it: concepts are drawn alike,
-whatever their number of pictures; each picture is seen in several places and sizes; words come from CLIP, in which
+An object has two or three pictures only, a person has dozens. What is done about it: objects are drawn more often than
+their number of pictures asks for; each picture is seen in several places and sizes; words come from CLIP, in which
 "pizza" is near "sandwich"; dropout; and min-SNR weights, which spend less on noise levels with little left to learn.
 """
 
 import argparse
-from collections import Counter
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from diffusionbook.data import compose_caption, emoji, pick_device
 from diffusionbook.denoising import diffusion_loss, min_snr
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.stable_diffusion import StableDiffusion
-from diffusionbook.training import generator_for, has_bf16, mean_loss, train
+from diffusionbook.training import balanced_weights, generator_for, has_bf16, mean_loss, train
 from diffusionbook.unet import UNet, UNetConfig
 
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone gives varied pictures
@@ -77,8 +79,25 @@ def velocity_error(unet: UNet, x0, context, generator: torch.Generator, weight=N
     return diffusion_loss(unet, x0, noise, t, schedule=SCHEDULE, prediction="v", weight=weight, context=context).mean()
 
 
+@torch.no_grad()
+def take_over(unet: UNet, start: Path, words: Words) -> None:
+    """Give `unet` the weights of the U-Net in `start`, but keys and values that follow from other vectors of words.
+
+    Where the old network computed W·u from its own encoder's vectors u, the new one computes (W·M)·v from CLIP's v:
+    M is the matrix that brings M·v nearest to u, over the places of all captions.
+    """
+    old = StableDiffusion.from_pretrained(start)
+    ids = old.tokenizer(list(words.numbers))
+    u = torch.cat([old.text_encoder(part) for part in ids.split(256)]).flatten(0, 1).double()  # (N·M, width)
+    v = words.table().cpu().flatten(0, 1).double()
+    change = torch.linalg.solve(v.T @ v + 1e-3 * torch.eye(v.shape[1]), v.T @ u).T.float()  # M
+    state = old.unet.state_dict()
+    unet.load_state_dict({name: w @ change if "attn2.to_k" in name or "attn2.to_v" in name else w
+                          for name, w in state.items()})
+
+
 def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: bool, ship: Path,
-         dropout: float = 0.1, limit: int | None = None) -> None:
+         start: Path | None = None, dropout: float = 0.1, limit: int | None = None) -> None:
     data = emoji("train")
     vae = VAE.from_pretrained(SHIPPED / "vae").to(device)
     clip = CLIP.from_pretrained(SHIPPED / "clip").to(device)
@@ -100,6 +119,8 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: b
     torch.manual_seed(0)
     config = UNetConfig(**vars(UNetConfig.preset("emoji-latent")) | {"dropout": dropout})
     unet = UNet(config).to(device)
+    if start:
+        take_over(unet, start, words)
     network = torch.compile(unet) if compiled else unet
 
     def loss(_, batch: dict, generator: torch.Generator) -> torch.Tensor:
@@ -118,14 +139,16 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: b
         return mean_loss(unet, unseen[split], lambda unet, batch, generator: velocity_error(
             unet, batch["x0"], table[batch["rows"]], generator), batch=256, seed=1, bf16=has_bf16(device))
 
-    count = Counter(a["name"] for a in attributes)
-    weights = torch.tensor([1 / count[a["name"]] for a in attributes])  # every concept alike
-    average = train(unet, pictures, loss, weights=weights, batch=batch, steps=steps, lr=8e-4 * (batch / 64) ** 0.5,
-                    warmup=min(500, steps), ema=0.9995, weight_decay=0.02, bf16=has_bf16(device), folder=folder,
-                    every=1000, evaluate=lambda: {split: unseen_error(split) for split in UNSEEN})
+    lr = (4e-4 if start else 8e-4) * (batch / 64) ** 0.5
+    average = train(unet, pictures, loss, weights=balanced_weights([a["name"] for a in attributes]), batch=batch,
+                    steps=steps, lr=lr, warmup=min(500, steps // 10), ema=0.9995, weight_decay=0.02,
+                    bf16=has_bf16(device), folder=folder,
+                    every=250 if start else 1000, evaluate=lambda: {split: unseen_error(split) for split in UNSEEN})
     average.swap(unet)
     StableDiffusion(vae=vae, unet=unet, text_encoder=clip.text_model, tokenizer=clip.tokenizer, schedule=SCHEDULE,
-                    prediction="v").save_pretrained(ship, dtype=torch.float16)
+                    prediction="v").save_pretrained(folder / "pipeline", dtype=torch.float16)
+    for part in ("unet", "scheduler"):
+        shutil.copytree(folder / "pipeline" / part, ship / part, dirs_exist_ok=True)
     for split in UNSEEN:
         print(f"{split}: {unseen_error(split):.3f}")
 
@@ -139,6 +162,7 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true", help="compile the network first: faster on a GPU")
     parser.add_argument("--ship", type=Path, default=SHIPPED)
     parser.add_argument("--limit", type=int, help="use only so many pictures, to try the recipe out")
+    parser.add_argument("--start", type=Path, help="a pipeline whose U-Net to begin with, such as a shipped one")
     given = parser.parse_args()
     main(given.folder, given.steps, given.batch, given.device or pick_device(), given.compile, given.ship,
-         limit=given.limit)
+         given.start, limit=given.limit)
