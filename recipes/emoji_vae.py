@@ -24,7 +24,7 @@ from diffusionbook.training import has_bf16, train
 
 BATCH = 32
 #: Small networks for the comparison: numbers of a picture for each one kept → channels at 64, 32, 16, … pixels.
-RATIOS = {12: (16, 32, 48), 48: (16, 32, 48, 64), 192: (16, 32, 48, 64, 64)}
+RATIOS = {12: (16, 32, 32), 48: (16, 32, 32, 32), 192: (16, 32, 32, 32, 32)}
 KL_WEIGHT = 3e-6  # per latent number and relative to a loss per pixel: keeps the space smooth, costs little detail
 HOLD = 0.5  # how much a squared move of a latent number counts, beside the loss per pixel, with `--from`
 WEIGHTS = Path(__file__).parent.parent / "diffusionbook" / "weights"
@@ -115,6 +115,6 @@ if __name__ == "__main__":
     if given.start and given.ratio:
         parser.error("--ratio begins a small network anew; leave out --from")
     name = f"emoji_vae_{given.ratio}" if given.ratio else "emoji_vae"
-    ship = WEIGHTS / "emoji_ratios" / str(given.ratio) if given.ratio else WEIGHTS / "emoji" / "vae"
+    ship = WEIGHTS / "emoji" / (f"vae-{given.ratio}" if given.ratio else "vae")
     main(given.folder or Path("runs") / name, given.ship or ship, given.start, given.ratio, given.steps, given.batch,
          given.lr)
