@@ -284,8 +284,8 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
     chance from the CPU generator. A `NoiseSchedule` stands for `DenoisingLoss(schedule)`, which starts at 1.
     batch: pictures a step, all processes together; accumulate: parts of its share that a process takes one by one.
     weights: (N,) how often each picture is drawn, in proportion; by default all alike.
-    lr, warmup, weight_decay, clip: the learning rate after so many steps of rise, and the largest norm of a gradient
-    (math.inf lets all pass).
+    lr, warmup: the highest learning rate, and the steps of rise to it. weight_decay: the share, times the rate, by
+    which a step shrinks each weight. clip: the largest norm of a gradient (math.inf lets all pass).
     ema: decay of the average. bf16: run the network in bfloat16 where autocast allows.
     at_start: what the first loss should be; half or twice as much is refused.
     evaluate: called every `every` steps, and at the end, with the average in place; its numbers go to the log.
