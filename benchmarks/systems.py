@@ -2,6 +2,7 @@
 
     python benchmarks/systems.py [--systems sd glide dalle dalle2] [--pictures 512]
     python benchmarks/systems.py --systems dalle2 dalle2-text dalle2-caption
+    python benchmarks/systems.py --systems sd-4 lcm-4 lcm-2 lcm-1    # few steps, without and with the LoRA that jumps
     python benchmarks/systems.py --time            # seconds a picture, on a machine that does nothing else
 
 The second line is the control that papers ask for: the decoder told what the prior draws, told the text's embedding in
@@ -14,6 +15,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +43,16 @@ def systems(device) -> dict[str, Callable[[], tuple[Paint, int]]]:
         pipe = StableDiffusion.from_pretrained("emoji").to(device)
         return plain(pipe), count(pipe.unet, pipe.vae, pipe.text_encoder)
 
+    def few(steps: int, distilled: bool):
+        from diffusionbook.checkpoints import locate
+        from diffusionbook.stable_diffusion import StableDiffusion
+        pipe = StableDiffusion.from_pretrained("emoji").to(device)
+        networks = [pipe.unet, pipe.vae, pipe.text_encoder]
+        if not distilled:
+            return plain(pipe, steps=steps), count(*networks)
+        networks.append(pipe.load_lora(locate("emoji", "lcm")))
+        return plain(pipe, steps=steps, sampler="lcm", spacing="lcm", guidance=1), count(*networks)
+
     def dalle():
         from diffusionbook.dalle import DallE
         pipe = DallE.from_pretrained("emoji").to(device)
@@ -62,12 +74,13 @@ def systems(device) -> dict[str, Callable[[], tuple[Paint, int]]]:
         return paint, count(*networks)
 
     return {"sd": sd, "dalle": dalle, "dalle2": lambda: dalle2("prior"), "glide": lambda: dalle2("glide"),
-            "dalle2-text": lambda: dalle2("text"), "dalle2-caption": lambda: dalle2("caption")}
+            "dalle2-text": lambda: dalle2("text"), "dalle2-caption": lambda: dalle2("caption"),
+            "sd-4": lambda: few(4, False), **{f"lcm-{n}": partial(few, n, True) for n in (4, 2, 1)}}
 
 
-def plain(pipe) -> Paint:
+def plain(pipe, **options) -> Paint:
     """A pipeline as a function of captions and seed."""
-    return lambda captions, seed: pipe(captions, seed=seed, output="tensor", progress=False)
+    return lambda captions, seed: pipe(captions, seed=seed, output="tensor", progress=False, **options)
 
 
 def count(*networks) -> int:

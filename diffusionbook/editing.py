@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'LORA_NAMES', 'as_images', 'img2img', 'as_mask', 'inpaint', 'invert', 'matching_tokens', 'edit_words',
-           'prompt_film', 'LowRank', 'LoRA', 'changeable_layers', 'load_lora', 'train_lora', 'add_word', 'learn_word',
-           'ControlNetConfig', 'Hint', 'zero_convolution', 'ControlNet', 'Controlled', 'edge_map', 'with_controlnet']
+           'prompt_film', 'lora_file', 'LowRank', 'LoRA', 'changeable_layers', 'load_lora', 'train_lora', 'add_word',
+           'learn_word', 'ControlNetConfig', 'Hint', 'zero_convolution', 'ControlNet', 'Controlled', 'edge_map',
+           'with_controlnet']
 
 # %% ../book/20_editing.ipynb #c048470c
 import difflib
@@ -209,6 +210,13 @@ def prompt_film(pipeline: StableDiffusion, captions: list[str], *, frames: int =
 ATTENTION = r"^unet\..*attn[12]\.to_(q|k|v|out\.0)$"
 
 
+def lora_file(path) -> Path:
+    """Where a LoRA lies: a file, or that of the usual name in a folder. Defined in chapter 20."""
+    path = Path(path)
+    named = path.suffix and not path.is_dir()
+    return path if named or path.is_file() else path / "pytorch_lora_weights.safetensors"
+
+
 class LowRank(nn.Module):
     """An addition to one linear or convolutional layer, of few parameters: up(down(x)), which starts as zero.
 
@@ -291,13 +299,17 @@ class LoRA(nn.Module):
         for name, layer in self.layers.items():
             layer.weight += scale * self.addition(name).weight().view_as(layer.weight)
 
-    def save(self, path) -> None:
-        """Write a safetensors file in the layout of diffusers and PEFT, which `load_lora` reads too."""
-        state = {}
+    def save(self, path, *, dtype: torch.dtype | None = None) -> None:
+        """Write a safetensors file in the layout of diffusers and PEFT, which `load_lora` reads too.
+
+        A folder gets the file `pytorch_lora_weights.safetensors`. Numbers are stored in `dtype`, by default their own.
+        """
+        state, path = {}, lora_file(path)
         for name in self.layers:
             addition = self.addition(name)
             state[f"{name}.lora_A.weight"] = addition.down.weight.detach().cpu().contiguous()
             state[f"{name}.lora_B.weight"] = (addition.factor * addition.up.weight.detach()).cpu().contiguous()
+        state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
 
 
@@ -322,10 +334,11 @@ def load_lora(pipeline: StableDiffusion, path, *, scale: float = 1.0) -> LoRA:
     """Read a LoRA file and attach it; `.detach()` of what is returned takes it off, `.merge()` makes it stay.
 
     Reads the names of diffusers and PEFT (`unet.….lora_A.weight`, older `….lora.down.weight`) and those of kohya's
-    scripts (`lora_unet_….lora_down.weight`). A method of the pipeline. Raises `ValueError` for a file that was made
-    for another model, is empty, or holds NaN. Defined in chapter 20.
+    scripts (`lora_unet_….lora_down.weight`); of a folder its `pytorch_lora_weights.safetensors`. A method of the
+    pipeline. Raises `ValueError` for a file that was made for another model, is empty, or holds NaN.
+    Defined in chapter 20.
     """
-    layers = changeable_layers(pipeline)
+    layers, path = changeable_layers(pipeline), lora_file(path)
     short = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
     names = {short[name.split(".")[0]] + name.partition(".")[2].replace(".", "_"): name for name in layers}
     found: dict[str, dict[str, Tensor]] = {}
@@ -335,24 +348,24 @@ def load_lora(pipeline: StableDiffusion, path, *, scale: float = 1.0) -> LoRA:
         name, _, part = key.rpartition(".")
         name = names.get(name, name)
         if name not in layers or part not in ("down", "up", "alpha"):
-            raise ValueError(f"{Path(path).name} was made for another model: this one has no place for {key!r}")
+            raise ValueError(f"{path.name} was made for another model: this one has no place for {key!r}")
         found.setdefault(name, {})[part] = tensor
         if not tensor.isfinite().all():
-            raise ValueError(f"{Path(path).name}: {key!r} holds NaN or infinity; the file was damaged or its training "
+            raise ValueError(f"{path.name}: {key!r} holds NaN or infinity; the file was damaged or its training "
                              "diverged")
     if not found:
-        raise ValueError(f"{Path(path).name} holds no LoRA: there is no tensor in it")
+        raise ValueError(f"{path.name} holds no LoRA: there is no tensor in it")
     told = _settings(path)
     additions = {}
     for name, parts in found.items():
         if not parts.keys() >= {"down", "up"}:
-            raise ValueError(f"{Path(path).name} lacks {' and '.join({'down', 'up'} - parts.keys())} for {name}")
+            raise ValueError(f"{path.name} lacks {' and '.join({'down', 'up'} - parts.keys())} for {name}")
         rank = len(parts["down"])
         alpha = parts["alpha"].item() if "alpha" in parts else _stored_alpha(told, name, rank)
         addition = additions[name] = LowRank(layers[name], rank, alpha=alpha)
         for layer, tensor in ((addition.down, parts["down"]), (addition.up, parts["up"])):
             if tensor.squeeze().shape != layer.weight.squeeze().shape:
-                raise ValueError(f"{Path(path).name} was made for another model: {name} needs "
+                raise ValueError(f"{path.name} was made for another model: {name} needs "
                                  f"{tuple(layer.weight.shape)}, the file has {tuple(tensor.shape)}")
             layer.weight.data = tensor.detach().clone().view_as(layer.weight).float()
     lora = LoRA.__new__(LoRA)

@@ -251,6 +251,17 @@ def test_what_is_merged_is_what_was_attached(painter, tmp_path):
     assert torch.allclose(painter(CAPTION, **FAST), attached, atol=1e-3)
 
 
+def test_a_folder_holds_a_lora_of_the_usual_name(painter, tmp_path):
+    lora = filled(LoRA(painter, rank=2))
+    lora.save(tmp_path / "own", dtype=torch.float16)
+    stored = load_file(tmp_path / "own/pytorch_lora_weights.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    again = painter.load_lora(tmp_path / "own")
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+    for name in lora.layers:
+        assert torch.equal(again.addition(name).down.weight, lora.addition(name).down.weight.half().float())
+
+
 def test_what_is_no_lora_is_refused(painter, tmp_path):
     save_file({}, tmp_path / "empty.safetensors")
     with pytest.raises(ValueError, match="holds no LoRA"):
