@@ -71,7 +71,7 @@ class VisionConfig:
     patch: int = 14  # pixels of a side of the squares that a picture is cut into
     width: int = 1024  # numbers per patch
     layers: int = 24  # blocks
-    heads: int = 16  # 64 numbers per head in every public CLIP
+    heads: int = 16  # 64 numbers per head in all of OpenAI's; 80 in OpenCLIP's ViT-H/14
     ff_width: int | None = None  # inner width of a block's small network; None means 4 × width, as usual
     activation: str = "quick_gelu"  # OpenAI's weights; "gelu" for OpenCLIP's later ones
     norm_eps: float = 1e-5  # LayerNorm's, in every public CLIP

@@ -86,7 +86,7 @@ def merge_pair(symbols, pair):
 def learn_merges(texts, count):
     """The first `count` merges of byte-pair encoding on `texts`: a list of pairs of symbols, best first.
 
-    Ties go to the pair that comes first in text order. The list is shorter when the texts run out of pairs.
+    Ties go to the pair that sorts first (by code point). The list is shorter when the texts run out of pairs.
     (Sennrich et al. 2016, algorithm 1.) Defined in chapter 13.
     """
     word_counts = Counter(word for text in texts for word in WORD_PATTERN.findall(clean_text(text)))
