@@ -167,7 +167,7 @@ class DalleTransformer(Model):
         return self.text_logits(states[:, :last]), self.code_logits(states[:, last:])
 
     def loss(self, ids: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy in nats per token, an eighth for the caption and seven for the codes, and both alone.
+        """Cross-entropy in nats per token, an eighth for the caption and seven eighths for the codes, and both alone.
 
         What follows the end of a caption does not count. (Ramesh et al. 2021, section 2.2.)
         """

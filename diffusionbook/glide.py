@@ -143,7 +143,7 @@ class GlideText(Model):
     """GLIDE's text transformer: ids (B, L) → a `Condition` with context (B, 128, width) and embedding (B, time_width).
 
     Every token sees all others. Where `mask` (B, L) is False, vectors that were learned for empty places stand
-    instead of token and position; by default that is where the end token is. (Nichol et al. 2022, section 3.1.)
+    instead of token and position; by default that is where the end token is. (Nichol et al. 2022, section 4.1.)
     Defined in chapter 15.
     """
 
@@ -332,7 +332,7 @@ def keep_known(denoise: Denoiser | Wrapped, image: Tensor, mask: Tensor) -> Wrap
     """Let a denoiser paint only where `mask` (B or 1, 1, H, W) is True; elsewhere the picture is `image`, known.
 
     The known part of the guess is put right at every step, and the noise worked out again, so the rest can fit to it.
-    Needs no training and works for latents too. (After Lugmayr et al. 2022; Nichol et al. 2022, section 3.2.)
+    Needs no training and works for latents too. (After Lugmayr et al. 2022; Nichol et al. 2022, section 4.3.)
     Raises `ValueError` for a mask that isn't boolean or has another size. Defined in chapter 15.
     """
     if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != image.shape[2:]:

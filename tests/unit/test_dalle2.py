@@ -223,6 +223,7 @@ def test_the_stages_draw_different_noise(tiny):
     ({"prompt": []}, "prompt"), ({"prompt": 3}, "prompt"), ({"prompt": "pizza", "n": 0}, "n must be"),
     ({"prompt": "pizza", "output": "jpg"}, "output"), ({"prompt": "pizza", "steps": 0}, "steps"),
     ({"prompt": "pizza", "sampler": "magic"}, "no sampler"), ({"prompt": "pizza", "candidates": 0}, "candidate"),
+    ({"prompt": "pizza", "candidates": 5}, "at most 4"),
     ({"prompt": "pizza", "guidance": float("nan")}, "finite")])
 def test_impossible_wishes(tiny, wish, message):
     with pytest.raises(ValueError, match=message):
