@@ -265,8 +265,8 @@ class DallE2:
                 sampler: str = "ddpm", seed: int = 0, progress: bool = False) -> Tensor:
         """CLIP image embeddings (B, D) that the prior draws for captions, each the best of at most 4 `candidates`."""
         if candidates > DECODER // FAR:
-            raise ValueError(f"at most {DECODER // FAR} candidates, got {candidates}: the next one's noise would begin with "
-                             "the same numbers as the decoder's")
+            raise ValueError(f"at most {DECODER // FAR} candidates, got {candidates}: the noise of the next would "
+                             "begin with the same numbers as the decoder's")
         return sample_embedding(self.prior.network, self.read(captions), self.read([""]), guidance=guidance,
                                 schedule=self.prior.schedule, steps=steps, sampler=sampler, candidates=candidates,
                                 limit=self.limit, seed=seed, progress=progress)
