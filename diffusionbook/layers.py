@@ -19,8 +19,8 @@ def sinusoid(t: torch.Tensor, width: int, *, cos_first: bool = True, shift: floa
     """Turn timesteps (B,) into sines and cosines at `width`/2 frequencies: (B, width), float32.
 
     They fall from 1 towards 1/10000, which only `shift=1` reaches. Fractional timesteps are welcome.
-    `cos_first=True, shift=0` is Stable Diffusion's dialect, `cos_first=False, shift=1` that of DDPM. Raises `ValueError` for a width that is odd or leaves no frequency to shift.
-    (Vaswani et al. 2017, section 3.5.)
+    `cos_first=True, shift=0` is Stable Diffusion's dialect, `cos_first=False, shift=1` that of DDPM. Raises
+    `ValueError` for a width that is odd or leaves no frequency to shift. (Vaswani et al. 2017, section 3.5.)
     Defined in chapter 06.
     """
     if width % 2:
