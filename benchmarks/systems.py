@@ -2,7 +2,7 @@
 
     python benchmarks/systems.py [--systems sd glide dalle dalle2] [--pictures 512]
     python benchmarks/systems.py --systems dalle2 dalle2-text dalle2-caption
-    python benchmarks/systems.py --systems sd-4 lcm-4 lcm-2 lcm-1    # few steps, without and with the LoRA that jumps
+    python benchmarks/systems.py --systems sd-4 sd-2 sd-1 lcm-4 lcm-2 lcm-1    # few steps, without and with a LoRA
     python benchmarks/systems.py --time            # seconds a picture, on a machine that does nothing else
 
 The second line is the control that papers ask for: the decoder told what the prior draws, told the text's embedding in
@@ -75,7 +75,8 @@ def systems(device) -> dict[str, Callable[[], tuple[Paint, int]]]:
 
     return {"sd": sd, "dalle": dalle, "dalle2": lambda: dalle2("prior"), "glide": lambda: dalle2("glide"),
             "dalle2-text": lambda: dalle2("text"), "dalle2-caption": lambda: dalle2("caption"),
-            "sd-4": lambda: few(4, False), **{f"lcm-{n}": partial(few, n, True) for n in (4, 2, 1)}}
+            **{f"{name}-{steps}": partial(few, steps, distilled) for name, distilled in (("sd", False), ("lcm", True))
+               for steps in (4, 2, 1)}}
 
 
 def plain(pipe, **options) -> Paint:
