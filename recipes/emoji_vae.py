@@ -1,7 +1,7 @@
 """Train the miniature VAE on the emoji: 64×64×3 → 8×8×4, 48 times fewer numbers.
 
     python recipes/emoji_vae.py                                          # from nothing
-    python recipes/emoji_vae.py --from emoji --lr 6e-4 --steps 3200      # go on from the weights that ship
+    python recipes/emoji_vae.py --from emoji --lr 6e-4 --steps 2400      # go on from the weights that ship
     python recipes/emoji_vae.py --ratio 12                               # a small one for comparison: 12, 48 or 192
 
 Resumable: the same command goes on where it stopped. At the end the weights go where they ship; `--ship` names another
