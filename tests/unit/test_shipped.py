@@ -1,13 +1,15 @@
-"""Chapters 15, 16 and 18: the miniatures of GLIDE, DALL·E and DALL·E 2 that ship paint what they are asked for."""
+"""Chapters 15, 16, 18 and 20: the miniatures that ship paint what they are asked for."""
 
 import pytest
 import torch
 
+from diffusionbook.checkpoints import locate
 from diffusionbook.clip import CLIP
 from diffusionbook.dalle import DallE
 from diffusionbook.dalle2 import DallE2
-from diffusionbook.data import emoji
+from diffusionbook.data import STYLES, emoji
 from diffusionbook.glide import Glide, NoisyImageEncoder
+from diffusionbook.stable_diffusion import StableDiffusion
 
 QUICK = {DallE: {"top_p": 0.9}, DallE2: {"steps": 8, "prior_steps": 8},
          Glide: {"steps": 8, "upsampler_steps": 4}}
@@ -66,3 +68,14 @@ def test_the_tower_that_knows_noise_reads_it():
     near = torch.nn.functional.normalize(eye(x, t), dim=1) @ torch.nn.functional.normalize(
         clip.embed_texts(emoji("validation").captions), dim=1).T
     assert (near.topk(5, dim=1).indices == torch.arange(282)[:, None]).any(1).float().mean() > 0.5
+
+
+def test_the_lora_jumps():
+    """One call with it is nearer to what twenty steps paint from the same noise than one step without it."""
+    painter = StableDiffusion.from_pretrained("emoji")
+    asked = [f"{name}, {style} style" for name in ("red heart", "flag: Italy", "woman firefighter, dark skin tone")
+             for style in STYLES]
+    wanted, without = (painter(asked, steps=steps, **QUIET) for steps in (20, 1))
+    painter.load_lora(locate("emoji", "lcm"))
+    found = painter(asked, steps=1, sampler="lcm", spacing="lcm", guidance=1, **QUIET)
+    assert (found - wanted).square().mean() < 0.5 * (without - wanted).square().mean()
