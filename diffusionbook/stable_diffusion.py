@@ -49,8 +49,7 @@ NETWORKS = ("text_encoder", "unet", "vae")
 def read_pipeline(folder, *, dtype: torch.dtype = torch.float32) -> dict:
     """Everything a `StableDiffusion` is made of, from a folder in diffusers' layout.
 
-    Text encoder and tokenizer may also be those of a whole CLIP in the folder `clip`, as with the miniatures, of which
-    several read one CLIP.
+    Text encoder and tokenizer may also be those of a whole CLIP in the folder `clip`, which several systems then share.
 
     Raises `FileNotFoundError` that lists what is missing, `ValueError` for what doesn't fit or was altered.
     Defined in chapter 19.

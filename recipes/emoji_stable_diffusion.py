@@ -5,10 +5,9 @@
 
 Needs the VAE of recipes/emoji_vae.py and the CLIP of recipes/emoji_clip.py; neither takes part in the training, so
 pictures and captions are encoded once. Resumable: the same command goes on where it stopped. At the end the whole
-pipeline lies in the run's folder as `pipeline`, as diffusers' StableDiffusionPipeline reads it, and what is new in it,
-U-Net and scheduler, goes to diffusionbook/weights/emoji (or to `--ship`). On two CPU cores take `--steps 11000
---batch 64`. With `--start` the U-Net begins as that of another pipeline, which may have read another text encoder: half
-of the steps then do.
+pipeline lies in the run's folder as `pipeline`, as diffusers' StableDiffusionPipeline reads it, and all of it but
+the VAE goes to diffusionbook/weights/emoji (or to `--ship`). On two CPU cores take `--steps 11000 --batch 64`. With
+`--start` the U-Net begins as that of another pipeline, which may have read another text encoder.
 
 An object has two or three pictures only, a person has dozens. What is done about it: objects are drawn more often than
 their number of pictures asks for; each picture is seen in several places and sizes; words come from CLIP, in which
@@ -147,7 +146,7 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: b
     average.swap(unet)
     StableDiffusion(vae=vae, unet=unet, text_encoder=clip.text_model, tokenizer=clip.tokenizer, schedule=SCHEDULE,
                     prediction="v").save_pretrained(folder / "pipeline", dtype=torch.float16)
-    for part in ("unet", "scheduler"):
+    for part in ("unet", "scheduler", "text_encoder", "tokenizer"):  # the U-Net belongs to this text encoder
         shutil.copytree(folder / "pipeline" / part, ship / part, dirs_exist_ok=True)
     for split in UNSEEN:
         print(f"{split}: {unseen_error(split):.3f}")
