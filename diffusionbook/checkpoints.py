@@ -18,7 +18,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -429,13 +429,15 @@ class Model(nn.Module):
         self.load_state_dict(placed, assign=True)
         return self
 
-    def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder, *, dtype: torch.dtype | None = None, leave_out: Collection[str] = ()) -> None:
         """Write `config.json`, the weights (in `dtype`, by default their own) and `SHA256SUMS` into a folder.
 
-        Raises `ValueError`, and writes nothing, where a weight isn't finite in that type.
+        leave_out: names of tensors that are not to be stored. Raises `ValueError`, and writes nothing, where a weight
+        isn't finite in that type.
         """
         folder = Path(folder)
-        state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
+        state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in self.state_dict().items()
+                 if k not in leave_out}
         for key, tensor in state.items():
             if not is_finite(tensor):
                 raise ValueError(f"{key} holds NaN or infinity as {tensor.dtype}, so nothing was saved; training "

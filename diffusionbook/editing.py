@@ -28,7 +28,7 @@ from skimage.feature import canny
 from torch import Tensor, nn
 from torch.utils.data import StackDataset
 
-from .checkpoints import Model, read_tensors, write_atomically
+from .checkpoints import Model, locate, read_json, read_tensors, read_weights, verify, write_atomically
 from .data import check_images, from_pil
 from .denoising import Prediction
 from .glide import keep_known
@@ -66,8 +66,8 @@ def img2img(pipeline: StableDiffusion, image, prompt, *, strength: float = 0.6, 
     """Paint a picture anew from a caption: hide it under noise, but not wholly, and let the pipeline find its way back.
 
     image: a PIL picture, a list of them, or a tensor (B, 3, H, W) in [-1, 1]. `strength` is the share of the way: of
-    the steps the last int(strength · steps) are gone. Other options as in a call of the pipeline, whose method this is;
-    the size is the picture's. Raises `ValueError` for a strength without a step. (Meng et al. 2022, SDEdit.)
+    the steps only the last int(strength · steps) are taken. Other options as in a call of the pipeline, whose method
+    this is; the size is the picture's. Raises `ValueError` for a strength without a step. (Meng et al. 2022, SDEdit.)
     Defined in chapter 20.
     """
     kept = int(steps * strength)
@@ -552,11 +552,13 @@ def zero_convolution(width: int, out: int, size: int = 1) -> nn.Conv2d:
 class ControlNet(Model):
     """A copy of a U-Net's way down that looks at a hint, and whispers to the way up through zero convolutions.
 
-    (Zhang et al. 2023.) `ControlNet.beside(unet)` makes a new one, which changes nothing yet. Defined in chapter 20.
+    (Zhang et al. 2023.) `ControlNet.beside(unet)` makes a new one, which changes nothing yet. If the copy stays
+    frozen while the rest learns, it need not be stored: see `save_pretrained`. Defined in chapter 20.
     """
 
     config_class = ControlNetConfig
     subfolder = "controlnet"
+    copied = ("conv_in.", "time_embedding.", "down_blocks.", "mid_block.")  # what it has from the U-Net
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
@@ -577,10 +579,35 @@ class ControlNet(Model):
     def beside(cls, unet: UNet, *, hint_channels: tuple[int, ...] = (16, 32, 96, 256)) -> "ControlNet":
         """A new one for a trained U-Net, with copies of the weights of its way down."""
         net = cls(ControlNetConfig(unet=unet.config, hint_channels=hint_channels))
-        net.to(unet.device, unet.dtype)
-        for part in ("conv_in", "time_embedding", "down_blocks", "mid_block"):
-            getattr(net, part).load_state_dict(getattr(unet, part).state_dict())
-        return net
+        net.load_state_dict(net.state_dict() | cls._shared(unet))
+        return net.to(unet.device, unet.dtype)
+
+    @classmethod
+    def _shared(cls, unet: UNet) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in unet.state_dict().items() if name.startswith(cls.copied)}
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *, dtype: torch.dtype = torch.float32,
+                        beside: UNet | None = None) -> "ControlNet":
+        """Load one from a folder; `beside` is the U-Net whose way down it copies, where the folder leaves the copy out.
+
+        Raises `ValueError` for weights that don't fit, or lack the copy without `beside`.
+        """
+        folder = locate(name_or_path, cls.subfolder)
+        verify(folder)
+        state = read_weights(folder, cls.weights_name)
+        if beside is not None:
+            state = cls._shared(beside) | state
+        elif not any(name.startswith(cls.copied) for name in state):
+            raise ValueError(f"{folder} holds only what was learned beside a U-Net; give that as beside=pipeline.unet")
+        net = cls(ControlNetConfig.from_config(read_json(folder / "config.json")))
+        return net.load(state, dtype=dtype, where=str(folder)).eval()
+
+    def save_pretrained(self, folder, *, dtype: torch.dtype | None = None, beside: UNet | None = None) -> None:
+        """Write it as diffusers' `ControlNetModel`; of what equals the weights of the U-Net `beside`, nothing."""
+        own, shared = self.state_dict(), self._shared(beside) if beside else {}
+        same = {name for name, tensor in shared.items() if torch.equal(tensor.to(own[name]), own[name])}
+        super().save_pretrained(folder, dtype=dtype, leave_out=same)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What to add in the middle, and to each memory. `hint` (B, C, h, w) comes from `controlnet_cond_embedding`."""

@@ -2,10 +2,10 @@
 
     python recipes/emoji_controlnet.py [--folder runs/emoji_controlnet] [--steps 4000] [--batch 64] [--device cuda]
 
-Needs the pipeline of recipes/emoji_stable_diffusion.py, which stays frozen. The 8.0M parameters are a copy of the
-U-Net's way down, as wide as what it adds to; without any attention, the least that diffusers' layout allows, it would
-still have 3.5M. Resumable: the same command goes on where it stopped. At the end the weights go to
-diffusionbook/weights/emoji/controlnet (or to `--ship`), as diffusers' ControlNetModel reads them.
+Needs the pipeline of recipes/emoji_stable_diffusion.py, which stays frozen, and so does the copy of its way down: what
+learns is how the hint enters, and the zero convolutions, 0.5M of 8.2M parameters. The copy then needs no place in the
+file. Resumable: the same command goes on where it stopped. At the end what was learned goes to
+diffusionbook/weights/emoji/controlnet (or to `--ship`).
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from diffusionbook.editing import Controlled, ControlNet, edge_map
 from diffusionbook.stable_diffusion import StableDiffusion
 from diffusionbook.training import DenoisingLoss, balanced_weights, has_bf16, mean_loss, train
 
-HINT_CHANNELS = (8, 16, 32, 64)  # a quarter of the public width: lines of 64×64 pixels are simple
+HINT_CHANNELS = (16, 32, 64, 128)  # the copy is frozen, so the hint must be made ready for it
 WITHOUT_CAPTION = 0.5  # captions left out, so that the lines must say it all (Zhang et al. 2023, section 3.3)
 
 
@@ -38,7 +38,10 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
         network.requires_grad_(False)
     (pictures, names), (unseen, _) = (encoded(painter, split, limit) for split in ("train", "validation"))
     control = ControlNet.beside(painter.unet, hint_channels=HINT_CHANNELS)
-    print(f"{control.count_parameters():,} parameters")
+    for name, p in control.named_parameters():
+        p.requires_grad_(not name.startswith(ControlNet.copied))
+    learning = sum(p.numel() for p in control.parameters() if p.requires_grad)
+    print(f"{learning:,} of {control.count_parameters():,} parameters learn")
     empty = painter.tokenizer([""])[0].to(device)
     error = DenoisingLoss(painter.schedule, painter.prediction)
 
@@ -55,7 +58,7 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
     train(control, pictures, loss, weights=balanced_weights(names), batch=batch, steps=steps, lr=3e-4,
           warmup=min(100, steps), ema=0.998, bf16=has_bf16(device), folder=folder,
           evaluate=lambda: {"validation": unseen_error()}).swap(control)
-    control.save_pretrained(ship / "controlnet", dtype=torch.float16)
+    control.save_pretrained(ship / "controlnet", dtype=torch.float16, beside=painter.unet)
     print(f"validation after: {unseen_error():.3f}")
 
 

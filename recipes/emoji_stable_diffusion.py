@@ -30,11 +30,13 @@ from diffusionbook.data import compose_caption, emoji, pick_device
 from diffusionbook.denoising import diffusion_loss, min_snr
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.stable_diffusion import StableDiffusion
+from diffusionbook.text import TextEncoder, Tokenizer
 from diffusionbook.training import balanced_weights, generator_for, has_bf16, mean_loss, train
 from diffusionbook.unet import UNet, UNetConfig
 
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone gives varied pictures
 WITHOUT_CAPTION = 0.1  # empty captions: classifier-free guidance needs to know what no caption looks like
+IMITATED = 1500  # steps in which the answers of another U-Net are the target, with --start
 VIEWS = 4  # how often each picture is encoded: as it is, and moved and scaled a little
 SCHEDULE = NoiseSchedule.cosine()
 
@@ -59,16 +61,16 @@ def encode(vae: VAE, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Words:
     """The vectors of many captions, each caption encoded once: `rows` numbers captions, `table` (N, M, width)."""
 
-    def __init__(self, clip: CLIP):
-        self.clip, self.numbers = clip, {"": 0}
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.numbers = tokenizer, {"": 0}
 
     def rows(self, captions: list[str]) -> torch.Tensor:
         return torch.tensor([self.numbers.setdefault(caption, len(self.numbers)) for caption in captions])
 
     @torch.no_grad()
-    def table(self) -> torch.Tensor:
-        ids = self.clip.tokenizer(list(self.numbers)).to(self.clip.device)
-        return torch.cat([self.clip.text_model(part) for part in ids.split(256)])
+    def table(self, encoder: TextEncoder) -> torch.Tensor:
+        ids = self.tokenizer(list(self.numbers)).to(encoder.device)
+        return torch.cat([encoder(part) for part in ids.split(256)])
 
 
 def velocity_error(unet: UNet, x0, context, generator: torch.Generator, weight=None) -> torch.Tensor:
@@ -79,20 +81,16 @@ def velocity_error(unet: UNet, x0, context, generator: torch.Generator, weight=N
 
 
 @torch.no_grad()
-def take_over(unet: UNet, start: Path, words: Words) -> None:
-    """Give `unet` the weights of the U-Net in `start`, but keys and values that follow from other vectors of words.
+def take_over(unet: UNet, old: StableDiffusion, u: torch.Tensor, v: torch.Tensor) -> None:
+    """Give `unet` the weights of the U-Net in `old`, but keys and values that follow from other vectors of words.
 
     Where the old network computed W·u from its own encoder's vectors u, the new one computes (W·M)·v from CLIP's v:
-    M is the matrix that brings M·v nearest to u, over the places of all captions.
+    M is the matrix that brings M·v nearest to u, over the places of all captions: both are (N, M, width).
     """
-    old = StableDiffusion.from_pretrained(start)
-    ids = old.tokenizer(list(words.numbers))
-    u = torch.cat([old.text_encoder(part) for part in ids.split(256)]).flatten(0, 1).double()  # (N·M, width)
-    v = words.table().cpu().flatten(0, 1).double()
-    change = torch.linalg.solve(v.T @ v + 1e-3 * torch.eye(v.shape[1]), v.T @ u).T.float()  # M
-    state = old.unet.state_dict()
+    u, v = u.flatten(0, 1).double(), v.flatten(0, 1).double()
+    change = torch.linalg.solve(v.T @ v + 1e-3 * torch.eye(v.shape[1]).to(v), v.T @ u).T.float()  # M
     unet.load_state_dict({name: w @ change if "attn2.to_k" in name or "attn2.to_v" in name else w
-                          for name, w in state.items()})
+                          for name, w in old.unet.state_dict().items()})
 
 
 def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: bool, ship: Path,
@@ -104,7 +102,7 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: b
     views = [images, *(torch.cat([moved(part, generator_for(view, i)) for i, part in enumerate(images.split(256))])
                        for view in range(1, VIEWS))]
     mean, deviation = (torch.stack(parts, dim=1) for parts in zip(*(encode(vae, v) for v in views), strict=True))
-    words = Words(clip)
+    words = Words(clip.tokenizer)
     with_style, without_style = (
         words.rows([compose_caption(a["name"], tone=a["tone"], style=a["style"] if style else None)
                     for a in attributes]) for style in (True, False))
@@ -112,17 +110,15 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: b
                             without_style=without_style)
     unseen = {split: (encode(vae, other.images(range(limit) if limit else None))[0].cpu(),
                       words.rows(other.captions[:limit])) for split in UNSEEN for other in [emoji(split)]}
-    table = words.table()
+    table = words.table(clip.text_model)
     unseen = {split: StackDataset(x0=x0, rows=rows) for split, (x0, rows) in unseen.items()}
 
     torch.manual_seed(0)
     config = UNetConfig(**vars(UNetConfig.preset("emoji-latent")) | {"dropout": dropout})
     unet = UNet(config).to(device)
-    if start:
-        take_over(unet, start, words)
     network = torch.compile(unet) if compiled else unet
 
-    def loss(_, batch: dict, generator: torch.Generator) -> torch.Tensor:
+    def draw(batch: dict, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw a view, and a latent from its cloud; leave out the style of some captions, and some captions whole."""
         count = len(batch["mean"])
         chance = torch.rand(3, count, generator=generator)
@@ -132,18 +128,37 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: b
         x0 = batch["mean"][index] + batch["deviation"][index] * noise
         rows = torch.where((chance[0] < WITHOUT_STYLE).to(device), batch["without_style"], batch["with_style"])
         rows = torch.where((chance[1] < WITHOUT_CAPTION).to(device), 0, rows)
+        return x0, rows
+
+    def loss(_, batch: dict, generator: torch.Generator) -> torch.Tensor:
+        x0, rows = draw(batch, generator)
         return velocity_error(network, x0, table[rows], generator, partial(min_snr, gamma=5.0))
 
     def unseen_error(split: str) -> float:
         return mean_loss(unet, unseen[split], lambda unet, batch, generator: velocity_error(
             unet, batch["x0"], table[batch["rows"]], generator), batch=256, seed=1, bf16=has_bf16(device))
 
-    lr = (4e-4 if start else 8e-4) * (batch / 64) ** 0.5
-    average = train(unet, pictures, loss, weights=balanced_weights([a["name"] for a in attributes]), batch=batch,
-                    steps=steps, lr=lr, warmup=min(500, steps // 10), ema=0.9995, weight_decay=0.02,
-                    bf16=has_bf16(device), folder=folder,
-                    every=250 if start else 1000, evaluate=lambda: {split: unseen_error(split) for split in UNSEEN})
-    average.swap(unet)
+    lr = (6e-4 if start else 8e-4) * (batch / 64) ** 0.5
+    weights = balanced_weights([a["name"] for a in attributes])
+    learn = partial(train, unet, pictures, weights=weights, batch=batch, lr=lr, warmup=200, ema=0.9995,
+                    weight_decay=0.02, bf16=has_bf16(device), every=500,
+                    evaluate=lambda: {split: unseen_error(split) for split in UNSEEN})
+    if start:
+        old = StableDiffusion.from_pretrained(start).to(device)
+        old.unet.requires_grad_(False)
+        told = words.table(old.text_encoder)
+        take_over(unet, old, told, table)
+
+        def imitation(_, batch: dict, generator: torch.Generator) -> torch.Tensor:
+            """How far the network is from what the old one answers, which is told the same by its own encoder."""
+            x0, rows = draw(batch, generator)
+            noise = torch.randn(x0.shape, generator=generator).to(device)
+            t = torch.randint(SCHEDULE.steps, (len(x0),), generator=generator).to(device)
+            x = SCHEDULE.add_noise(x0, noise, t)
+            return (network(x, t, context=table[rows]) - old.unet(x, t, context=told[rows])).float().square().mean()
+
+        learn(imitation, steps=min(IMITATED, steps), folder=folder / "imitation").swap(unet)
+    learn(loss, steps=steps, folder=folder).swap(unet)
     StableDiffusion(vae=vae, unet=unet, text_encoder=clip.text_model, tokenizer=clip.tokenizer, schedule=SCHEDULE,
                     prediction="v").save_pretrained(folder / "pipeline", dtype=torch.float16)
     for part in ("unet", "scheduler", "text_encoder", "tokenizer"):  # the U-Net belongs to this text encoder

@@ -478,6 +478,29 @@ def test_a_controlnet_goes_to_disk_and_back(painter, tmp_path):
     assert all(torch.equal(p, again.state_dict()[name]) for name, p in control.state_dict().items())
 
 
+def test_what_a_controlnet_shares_with_its_network_need_not_be_stored(painter, tmp_path):
+    control = ControlNet.beside(painter.unet, hint_channels=(4, 8, 8, 8))
+    with torch.no_grad():
+        for name, p in control.named_parameters():
+            if not name.startswith(ControlNet.copied) or name == "conv_in.bias":
+                p.add_(torch.randn_like(p))
+    control.save_pretrained(tmp_path / "all")
+    control.save_pretrained(tmp_path / "part", beside=painter.unet)
+    stored = load_file(tmp_path / "part" / ControlNet.weights_name)
+    assert "conv_in.bias" in stored and "conv_in.weight" not in stored and "controlnet_mid_block.weight" in stored
+    again = ControlNet.from_pretrained(tmp_path / "part", beside=painter.unet)
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in control.state_dict().items())
+    whole = ControlNet.from_pretrained(tmp_path / "all", beside=painter.unet)
+    assert all(torch.equal(p, whole.state_dict()[name]) for name, p in control.state_dict().items())
+    with pytest.raises(ValueError, match="missing 'conv_in.weight'"):
+        ControlNet.from_pretrained(tmp_path / "part")
+    with torch.no_grad():
+        control.conv_in.bias.copy_(painter.unet.conv_in.bias)
+    control.save_pretrained(tmp_path / "part", beside=painter.unet)
+    with pytest.raises(ValueError, match="only what was learned beside a U-Net; give that as beside=pipeline.unet"):
+        ControlNet.from_pretrained(tmp_path / "part")
+
+
 def test_edges_are_white_lines():
     picture = Image.new("RGB", (32, 32), "white")
     picture.paste("black", (8, 8, 24, 24))

@@ -51,7 +51,8 @@ def test_controlnet(tmp_path, capsys):
     said = printed(capsys)
     assert "validation before" in said and "validation after" in said
     painter, g = StableDiffusion.from_pretrained("emoji"), torch.Generator().manual_seed(0)
-    control = ControlNet.from_pretrained(tmp_path / "controlnet")
+    control = ControlNet.from_pretrained(tmp_path / "controlnet", beside=painter.unet)
+    assert (tmp_path / "controlnet" / ControlNet.weights_name).stat().st_size < 1_200_000, "the copy is not stored"
     x, hint = torch.randn(1, 4, 8, 8, generator=g), (torch.rand(1, 3, 64, 64, generator=g) < 0.1).float()
     context = painter.encode_text(["red heart"])
     with torch.no_grad():
