@@ -2,10 +2,11 @@
 
     python recipes/emoji_clip.py [--folder runs/emoji_clip] [--steps 2800] [--hard]
 
-Most steps read only a part of each picture's patches, which costs a third (Li et al. 2023, "FLIP"); the last seventh
-reads them all. Resumable: the same command goes on where it stopped. At the end the weights go to
-diffusionbook/weights/emoji/clip. A caption without its style is true of other pictures in the batch too. With `--hard`
-these count as wrong (false negatives), to see what that costs; nothing is shipped then.
+First the tokenizer learns which letters go together in captions. Then most steps read only a part of each picture's
+patches, which costs a third (Li et al. 2023, "FLIP"); the last seventh reads them all. Resumable: the same command goes
+on where it stopped. At the end the weights go to diffusionbook/weights/emoji/clip, the tokenizer to emoji/tokenizer
+too. A caption without its style is true of other pictures in the batch too. With `--hard` these count as wrong (false
+negatives), to see what that costs; nothing is shipped then.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from shared import SHIPPED, UNSEEN
 
 from diffusionbook.clip import CLIP, CLIPConfig, contrastive_loss, gather_rows, retrieval, zero_shot
 from diffusionbook.data import STYLES, compose_caption, emoji, pick_device
-from diffusionbook.text import Tokenizer
+from diffusionbook.text import Tokenizer, train_bpe
 from diffusionbook.training import balanced_weights, train
 
 BATCH = 64  # pictures drawn a step; each brings another of its name and one of its subgroup: 192 pairs
@@ -120,7 +121,8 @@ def main(folder: Path, steps: int, hard: bool) -> None:
     data = emoji("train")
     images = data.images().to(device)
     names = [a["name"] for a in data.attributes]
-    tokenizer = Tokenizer.from_pretrained(SHIPPED / "tokenizer")
+    text = CLIPConfig.preset("emoji").text
+    tokenizer = train_bpe(data.captions, text.vocab_size, pad="eos", context_length=text.context_length)
     exam = Exam(tokenizer, device)
     captions = [compose_caption(a["name"], tone=a["tone"], style=style) for a in data.attributes
                 for style in (a["style"], None)]
@@ -159,6 +161,7 @@ def main(folder: Path, steps: int, hard: bool) -> None:
     learn("whole", whole, 2e-4, 0)
     if not hard:
         clip.save_pretrained(SHIPPED / "clip", dtype=torch.float16)
+        tokenizer.save_pretrained(SHIPPED / "tokenizer")
     for report in (exam.retrieval, exam.attributes_found, exam.zero_shot):
         print({key: round(share, 3) for key, share in report(clip).items()})
 

@@ -1,11 +1,11 @@
 """Distil the miniature Stable Diffusion into one that paints in four steps: a latent consistency model, as a LoRA.
 
-    python recipes/emoji_lcm.py [--folder runs/emoji_lcm] [--steps 2400] [--batch 32] [--device cuda]
+    python recipes/emoji_lcm.py [--folder runs/emoji_lcm] [--steps 2400] [--batch 32] [--device cuda] [--start FILE]
 
 Needs the pipeline of recipes/emoji_stable_diffusion.py. Resumable: the same command goes on where it stopped. At the
-end the strongest direction of each layer goes to diffusionbook/weights/emoji/lcm (or to `--ship`), and the distance of
-its pictures in four steps from the teacher's in twenty is printed. Use it with sampler="lcm", spacing="lcm" and
-guidance=1.
+end the LoRA goes to diffusionbook/weights/emoji/lcm (or to `--ship`), and the distance of its pictures in four steps
+from the teacher's in twenty is printed. Use it with sampler="lcm", spacing="lcm" and guidance=1. `--start` is a LoRA
+to begin with, such as that of the same network before it was trained on.
 (Luo et al. 2023, section 4; the target network is the student itself, after Song and Dhariwal 2024.)
 """
 
@@ -24,24 +24,12 @@ from diffusionbook.training import balanced_weights, has_bf16, train
 
 GUIDANCE = 3.0  # what the teacher's guidance is becomes part of the student
 CHANGED = r"^unet\..*(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|conv[12])$"  # attention and residual blocks
-RANK, KEPT = 4, 1  # in training, and of that in the file
+RANK = 4
 STOPS = 50  # the times between which the student must agree with itself
 
 
-@torch.no_grad()
-def thinned(lora: LoRA, painter: StableDiffusion) -> LoRA:
-    """What comes nearest to a trained LoRA with fewer ranks: of each layer the strongest singular directions."""
-    thin = LoRA(painter, rank=KEPT, targets=CHANGED)
-    for name in thin.layers:
-        addition, whole = thin.addition(name), lora.addition(name).weight()
-        u, s, v = torch.linalg.svd(whole.flatten(1), full_matrices=False)
-        root = s[:KEPT].sqrt()
-        addition.up.weight.copy_((u[:, :KEPT] * root).view_as(addition.up.weight))
-        addition.down.weight.copy_((root[:, None] * v[:KEPT]).view_as(addition.down.weight))
-    return thin
-
-
-def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path, limit: int | None = None) -> None:
+def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path, limit: int | None = None,
+         start: Path | None = None) -> None:
     painter = StableDiffusion.from_pretrained(SHIPPED).to(device)
     painter.unet.requires_grad_(False)
     data, schedule, unseen = emoji("train"), painter.schedule, emoji("validation").captions[:limit or 64]
@@ -50,7 +38,7 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
     pictures = StackDataset(x0=latents, ids=painter.tokenizer(captions))
     empty = painter.encode_text([""])
     torch.manual_seed(0)
-    lora = LoRA(painter, rank=RANK, targets=CHANGED).attach()
+    lora = painter.load_lora(start) if start else LoRA(painter, rank=RANK, targets=CHANGED).attach()
     stride = schedule.steps // STOPS
 
     def loss(lora: LoRA, batch: dict, generator: torch.Generator) -> torch.Tensor:
@@ -87,11 +75,9 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
     train(lora, pictures, loss, weights=balanced_weights([a["name"] for a in data.attributes[:limit]]), batch=batch,
           steps=steps, lr=1e-3, warmup=min(100, steps), weight_decay=0.0, ema=0.995, bf16=has_bf16(device),
           folder=folder, every=200, evaluate=distance).swap(lora)
-    lora.detach()
-    lora = thinned(lora, painter).to(device).attach()
     lora.save(ship / "lcm", dtype=torch.float16)
     print("squared distance in four steps from the teacher's twenty:", {k: round(v, 3) for k, v in distance().items()})
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=2400, batch=32))
+    main(**options(__file__, __doc__, steps=2400, batch=32, start=True))
