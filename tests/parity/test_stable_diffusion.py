@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusionbook.autoencoders import VAE, VAEConfig
-from diffusionbook.checkpoints import locate
 from diffusionbook.samplers import starting_noise
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.stable_diffusion import StableDiffusion
@@ -217,7 +216,8 @@ def test_sharded_weights_paint_the_same(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_opens_the_miniature_and_paints_the_same():
-    reference = diffusers.StableDiffusionPipeline.from_pretrained(locate("emoji"), torch_dtype=torch.float32)
+def test_diffusers_opens_the_miniature_and_paints_the_same(tmp_path):
     ours = StableDiffusion.from_pretrained("emoji")
+    ours.save_pretrained(tmp_path)
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
     assert_same_pictures(ours_paints(ours), theirs_paints(reference))
