@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Collection, Iterator
@@ -251,15 +252,19 @@ def write_atomically(path, write) -> None:
 
 
 @contextmanager
-def all_or_nothing(folder) -> Iterator[Path]:
+def all_or_nothing(folder, *, owned: Collection[str] = ()) -> Iterator[Path]:
     """A new folder to write into: at the end what it holds goes to `folder`; after an error nothing does.
 
+    Then a subfolder of `folder` that is named in `owned`, and that the new one doesn't have, is deleted too.
     Defined in the appendix on checkpoints.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as part:
         yield Path(part)
+        for name in owned:
+            if (folder / name).is_dir() and not (Path(part) / name).exists():
+                shutil.rmtree(folder / name)
         for path in (path for path in Path(part).rglob("*") if path.is_file()):
             target = folder / path.relative_to(part)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -356,11 +361,15 @@ def read_weights(folder, name: str) -> dict[str, torch.Tensor]:
 def locate(name_or_path, *subfolder: str) -> Path:
     """The folder of a shipped model ("emoji") or of a saved one (any path).
 
-    Raises `FileNotFoundError` that lists the shipped names when there is no such folder.
+    Raises `FileNotFoundError` that lists the shipped names when there is no such folder, and `ValueError` where a name
+    may mean both.
     Defined in the appendix on checkpoints.
     """
     shipped = Path(str(files("diffusionbook"))) / "weights"
     names = sorted(p.name for p in shipped.glob("*") if p.is_dir())
+    if str(name_or_path) in names and Path(name_or_path).is_dir():
+        raise ValueError(f"{str(name_or_path)!r} ships, and there is a folder of that name here; for the folder say "
+                         f"'./{name_or_path}', or rename it")
     root = shipped / str(name_or_path) if str(name_or_path) in names else Path(name_or_path)
     if not root.is_dir():
         raise FileNotFoundError(

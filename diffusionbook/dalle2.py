@@ -312,7 +312,7 @@ class DallE2:
         if self.upsampler is None:
             raise ValueError("this pipeline has no upsampler; its pictures stay as large as the decoder paints them")
         check_images(images)
-        side = self.upsampler.network.config.sample_size
+        images, side = images.to(self._device, self._dtype), self.upsampler.network.config.sample_size
         large = enlarge(images, (side, side)) if self.bilinear else enlarged(images, side)
         times = timesteps(self.upsampler.schedule, steps, spacing="linspace")
         denoise = replace(self.upsampler, condition=Condition(concat=large))
@@ -398,6 +398,8 @@ class DallE2:
         Its embedding turns towards the difference of the texts' embeddings, by up to the share `amount` of the angle.
         (Ramesh et al. 2022, section 3.3.)
         """
+        if before == after:
+            raise ValueError(f"the two texts must differ, got {before!r} twice")
         z, noise = self._code(image, steps, steps=decoder_steps)
         old, new = F.normalize(self.read([before, after]).embedding, dim=1)
         difference = F.normalize(new - old, dim=0) * z[0].norm()  # as long as z, so that lengths stay
@@ -459,7 +461,8 @@ class DallE2:
             networks |= {} if self.finisher is None else {"super_res_last": self.finisher}
             schedulers["super_res_scheduler"] = (self.upsampler, 1.0)
             parts |= {name: part for name, part in UPSAMPLING.items() if name in networks or name in schedulers}
-        with all_or_nothing(folder) as new:
+        optional = "clip", "upsampler", "super_res_first", "super_res_last", "super_res_scheduler"
+        with all_or_nothing(folder, owned=optional) as new:
             for name, network in networks.items():
                 network.save_pretrained(new / name, dtype=dtype)
             self.tokenizer.save_pretrained(new / "tokenizer")
@@ -482,6 +485,11 @@ class CaptionOnly:
     def condition(self, captions: list[str]) -> Condition:
         """Context, embedding and mask for captions."""
         return self.pipeline.text_projection(None, self.pipeline.read(captions))
+
+    def to(self, device) -> "CaptionOnly":
+        """Move the networks of the pipeline to a device."""
+        self.pipeline.to(device)
+        return self
 
 # %% ../book/18_dalle2.ipynb #0c21d16a
 def resized(images: Tensor, side: int) -> Tensor:

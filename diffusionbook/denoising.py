@@ -301,9 +301,10 @@ def _pixel_nll(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 def variational_bound(answer: Prediction, x0: Tensor, x: Tensor, t, *, schedule: NoiseSchedule) -> Tensor:
     """How many bits per number one reverse step costs, given an answer about x = x_t: (B,).
 
-    KL divergence of the step from the true one; at t = 0, the cost of naming the 8-bit picture. The sum over all t
-    bounds the cost of storing a picture. Raises `ValueError` unless t is whole. An answer without a learned
-    variance counts with the least. (Ho et al. 2020, eq. 5 and 13; Nichol & Dhariwal 2021, section 3.1.)
+    KL divergence of the step from the true one; at t = 0, the cost of naming the 8-bit picture. The sum over all t,
+    and what is left of the picture at the last step, bound the cost of storing it. Raises `ValueError` unless t is
+    whole. An answer without a learned variance counts with the least. (Ho et al. 2020, eq. 5 and 13; Nichol &
+    Dhariwal 2021, section 3.1.)
     Defined in chapter 05.
     """
     t = torch.as_tensor(t)

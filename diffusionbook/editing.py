@@ -129,7 +129,7 @@ def invert(pipeline: StableDiffusion, image, prompt="", *, steps: int = 20, guid
     """The noise (B, C, h, w) from which the pipeline would paint a picture: its deterministic way, walked backwards.
 
     `pipeline(prompt, latents=invert(…), sampler="ddim", steps=…, guidance=…)` with the same numbers gives the picture
-    back; another caption edits it. `corrections` as in `ddim_invert`. (Song et al. 2021, section 4.3.)
+    back; another caption edits it. `corrections` as in `ddim_invert`. (Song et al. 2021a, section 4.3.)
     Defined in chapter 20.
     """
     images, captions = _start(pipeline, image, prompt, 1)
@@ -310,6 +310,9 @@ class LoRA(nn.Module):
             state[f"{name}.lora_A.weight"] = addition.down.weight.detach().cpu().contiguous()
             state[f"{name}.lora_B.weight"] = (addition.factor * addition.up.weight.detach()).cpu().contiguous()
         state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError("this LoRA holds NaN or infinity, so nothing was saved; its training diverged, or the "
+                             "type is too narrow")
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
 
 
@@ -415,15 +418,22 @@ def train_lora(pipeline: StableDiffusion, images, captions: list[str], *, rank: 
     of captions than pictures. Defined in chapter 20.
     """
     images, captions = _start(pipeline, images, captions, 1)
+    if pipeline.unet.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"small steps are lost in {pipeline.unet.dtype}; to train, load the pipeline in float32")
     latents, context = pipeline.encode(images), pipeline.encode_text(captions)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        lora = LoRA(pipeline, rank=rank).attach()
+        lora = LoRA(pipeline, rank=rank)
     loss = DenoisingLoss(pipeline.schedule, pipeline.prediction, drop=0.1,
                          empty={"context": pipeline.encode_text([""])[0]})
-    with _frozen(pipeline.unet):
-        average = train(lora, StackDataset(x0=latents, context=context), lambda _, *told: loss(pipeline.unet, *told),
-                        steps=steps, lr=lr, batch=batch, warmup=10, ema=0.98, seed=seed, progress=progress)
+    try:
+        with _frozen(pipeline.unet):
+            average = train(lora.attach(), StackDataset(x0=latents, context=context),
+                            lambda _, *told: loss(pipeline.unet, *told), steps=steps, lr=lr, batch=batch, warmup=10,
+                            ema=0.98, seed=seed, progress=progress)
+    except BaseException:
+        lora.detach()  # what was half learned must not change the pipeline's pictures
+        raise
     average.swap(lora)
     return lora
 

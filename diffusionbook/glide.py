@@ -341,7 +341,7 @@ def keep_known(denoise: Denoiser | Wrapped, image: Tensor, mask: Tensor) -> Wrap
 
     def answer(x: Tensor, t) -> Prediction:
         found = denoise(x, t)
-        x0 = torch.where(mask, found.x0, image.to(x))
+        x0 = torch.where(mask.to(x.device), found.x0, image.to(x))
         again = to_prediction(x0, x, t, schedule=denoise.schedule, prediction="x0")
         return again._replace(variance_mix=found.variance_mix)
 
@@ -406,7 +406,7 @@ class Glide:
                 raise ValueError(f"the {name}, a {type(part).__name__}, can't be saved by itself; "
                                  "save the pipeline that this one was made from")
         index = {}
-        with all_or_nothing(folder) as new:
+        with all_or_nothing(folder, owned=names) as new:
             for name, part in parts.items():
                 if isinstance(part, Denoiser):
                     save_denoiser(new / name, part, dtype=dtype)
@@ -420,7 +420,7 @@ class Glide:
         """Move all networks to a device and return the pipeline."""
         for part in (self.base.network, self.upsampler and self.upsampler.network, self.conditioner,
                      self.upsampler_conditioner):
-            if hasattr(part, "to"):
+            if part is not None:
                 part.to(device)
         return self
 
@@ -430,6 +430,8 @@ class Glide:
         asked = replace(self.conditioner.condition(captions), concat=concat)
         denoise = replace(self.base, condition=asked)
         if guidance == 1:
+            if negative:
+                raise ValueError("negative works through guidance, which 1 turns off; give more, or no negative")
             return denoise
         without = self.conditioner.condition([negative] * len(captions))
         return classifier_free(denoise, replace(without, concat=concat), scale=guidance)

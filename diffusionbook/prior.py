@@ -33,7 +33,7 @@ class PriorConfig:
     heads: int = 32  # of attention, 64 numbers each
 
     def __post_init__(self):
-        if self.width % (2 * self.heads):
+        if self.width % 2 or self.width % self.heads:
             raise ValueError(f"width must be even and a multiple of heads, got width={self.width}, heads={self.heads}")
 
     @classmethod

@@ -103,7 +103,7 @@ def mix(answer: Prediction, level: Level) -> Tensor:
 def euler(denoise: Denoiser, x: Tensor, times: Times) -> States:
     """Euler's method: at each level, go straight along the present answer. One network call a step; order 1.
 
-    From x (B, C, H, W) at times[0] to times[-1]; yields (x, prediction) after each step. (Song et al. 2021, eq. 14;
+    From x (B, C, H, W) at times[0] to times[-1]; yields (x, prediction) after each step. (Song et al. 2021a, eq. 14;
     Karras et al. 2022, algorithm 1 without lines 6-8.) Defined in chapter 09.
     """
     for now, then in pairwise(levels(denoise.schedule, times)):
@@ -141,7 +141,7 @@ def ddim(denoise: Denoiser, x: Tensor, times: Times, *, eta: float = 0.0,
     """DDIM: keep part of the noise that the network sees, replace the rest by fresh noise. One call a step; order 1.
 
     `eta` 0 replaces nothing (`euler`), 1 as much as `ddpm` does; `noise` draws like x. Takes and yields what `euler`
-    does. Raises `ValueError` for eta outside [0, 1]. (Song et al. 2021, eq. 12 and 16.) Defined in chapter 09.
+    does. Raises `ValueError` for eta outside [0, 1]. (Song et al. 2021a, eq. 12 and 16.) Defined in chapter 09.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
@@ -447,7 +447,7 @@ def ddim_invert(denoise: Denoiser, x: Tensor, times: Times, *, corrections: int 
 
     `times` fall, as for sampling. Going up, the answer that the way down would use is not known yet; the answer here
     stands in for it. Each of the `corrections` steps back down, sees by how much it misses, and adds that (one more
-    call a step). Raises `ValueError` for times that don't fall. (Song et al. 2021, section 4.3.)
+    call a step). Raises `ValueError` for times that don't fall. (Song et al. 2021a, section 4.3.)
     Defined in chapter 09.
     """
     for now, then in pairwise(levels(denoise.schedule, _check_times(times))[::-1]):

@@ -71,10 +71,14 @@ def betas_from_alpha_bar(alpha_bar: Tensor, *, max_beta: float = 0.999) -> Tenso
 
     alpha_bar: (steps + 1,), decreasing, from the clean picture to the last step; only ratios count.
     max_beta: cap on each variance, so that a curve that ends at 0 never asks for an infinite jump.
-    Raises ValueError unless 0 < max_beta < 1. Defined in chapter 04.
+    Raises ValueError for a curve that rises or reaches 0 before its end, and unless 0 < max_beta < 1.
+    Defined in chapter 04.
     """
     if not 0 < max_beta < 1:
         raise ValueError(f"max_beta must lie between 0 and 1, got {max_beta}; the usual choice is 0.999")
+    alpha_bar = alpha_bar.double()
+    if not ((alpha_bar[:-1] > 0).all() and (alpha_bar[1:] <= alpha_bar[:-1]).all()):
+        raise ValueError("alpha_bar must fall from step to step, and only its last value may be 0")
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
 
 
@@ -260,6 +264,9 @@ class NoiseSchedule:
         A config with `shift` is a flow. Raises ValueError for a `beta_schedule` that is not known, and for a shift
         that depends on the size of the picture. Defined in chapter 04.
         """
+        if config.get("use_flow_sigmas") or "sigma_max" in config and "beta_schedule" not in config:
+            raise ValueError("these levels of noise aren't described by betas; build the schedule yourself, such as by "
+                             "NoiseSchedule.flow(shift=…)")
         if config.get("use_dynamic_shifting"):
             raise ValueError("the shift of this flow depends on the picture's size; use NoiseSchedule.flow(shift=…)")
         if "shift" in config:
@@ -290,7 +297,7 @@ class NoiseSchedule:
     def zero_terminal_snr(self) -> "NoiseSchedule":
         """The same schedule, rescaled so that its last step is pure noise, which a flow's is already.
 
-        (Lin et al. 2023.) Defined in chapter 04.
+        (Lin et al. 2024.) Defined in chapter 04.
         """
         if self.shift is not None:
             return self
@@ -383,7 +390,7 @@ class NoiseSchedule:
         (Salimans & Ho 2022.) Defined in chapter 04.
         """
         alpha, sigma = _per_picture(self._alpha_sigma(t), x0, noise)  # (B, 1, ..., 1) each
-        return _finite(alpha * noise - sigma * x0).to(x0.dtype)
+        return (alpha * noise - sigma * x0).to(x0.dtype)
 
     # One step back, when the clean picture is known
 
@@ -486,7 +493,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Change a schedule so that nothing of the picture is left at its last step: (T,) -> (T,).
 
     The square root of alpha_bar is shifted until it ends at 0 and stretched until it starts where it did.
-    (Lin et al. 2023, algorithm 1.) Raises ValueError for fewer than two steps. Defined in chapter 04.
+    (Lin et al. 2024, algorithm 1.) Raises ValueError for fewer than two steps. Defined in chapter 04.
     """
     signal = torch.cumprod(1 - betas, dim=0).sqrt()
     if len(signal) < 2 or signal[-2] == 0:

@@ -249,7 +249,7 @@ def reverse_sde(
     """Walk back in time from x at times[0], with fresh noise: yields x after each step (Euler-Maruyama).
 
     score(x, t): gradient of log p_t, like x. times: falling. pull: that of the forward walk, see `transition`.
-    (Anderson 1982; Song et al. 2021, eq. 6.) Raises ValueError for times that don't fall. Defined in chapter 03.
+    (Anderson 1982; Song et al. 2021b, eq. 6.) Raises ValueError for times that don't fall. Defined in chapter 03.
     """
     g = torch.Generator().manual_seed(seed)
     for t, t_next in pairwise([float(t) for t in times]):
@@ -268,7 +268,7 @@ def probability_flow(
 
     dx/dt = -pull x - score, the flow whose crowd of points has the density p_t at every t. times may fall (from
     noise to data) or rise (from data to noise), and the same curves lead both ways. Arguments as in `reverse_sde`.
-    (Song et al. 2021, eq. 13.) Defined in chapter 03.
+    (Song et al. 2021b, eq. 13.) Defined in chapter 03.
     """
     for t, t_next in pairwise([float(t) for t in times]):
         h, velocity = t_next - t, -pull * x - score(x, t)

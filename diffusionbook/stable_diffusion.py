@@ -360,6 +360,8 @@ class StableDiffusion:
         denoise = Denoiser(network or self.unet, self.schedule, self.prediction,
                            Condition(context=context, concat=concat))
         if guidance == 1:
+            if negative:
+                raise ValueError("negative works through guidance, which 1 turns off; give more, or no negative")
             return denoise
         nothing = self.encode_text([negative], clip_skip=clip_skip).expand(len(context), -1, -1)
         without = Condition(context=nothing, concat=concat)

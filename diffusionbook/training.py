@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import StackDataset
 from tqdm import tqdm
 
-from .checkpoints import locate, read_json, write_atomically
+from .checkpoints import all_or_nothing, locate, read_json, write_atomically
 from .data import emoji
 from .denoising import TARGETS, Denoiser, diffusion_loss
 from .schedules import NoiseSchedule
@@ -68,6 +68,9 @@ class DenoisingLoss:
         if self.prediction not in TARGETS or not 0 <= self.drop < 1:
             raise ValueError(f"prediction must be one of {', '.join(TARGETS)} and drop lie in [0, 1), "
                              f"got {self.prediction!r} and {self.drop}")
+        if self.prediction == "epsilon" and self.schedule.alpha_bar[-1] == 0:
+            raise ValueError("this schedule ends without signal, where the noise says nothing about the picture: train "
+                             'prediction="v", or "flow" for a flow')
 
     def __call__(self, net: nn.Module, batch, generator: torch.Generator) -> Tensor:
         told = dict(batch) if isinstance(batch, Mapping) else {"x0": batch}
@@ -76,6 +79,9 @@ class DenoisingLoss:
         x0 = told.pop("x0")
         if self.drop and told and not self.empty:
             raise ValueError(f"drop={self.drop} needs empty, what is told instead of {', '.join(told)}")
+        if self.drop and (kept := told.keys() & {"context", "embedding", "mask"} - (self.empty or {}).keys()):
+            raise ValueError(f"empty says nothing about {', '.join(sorted(kept))}, which pictures that are to be told "
+                             "nothing would still hear; say what is told instead")
         if x0.abs().amax() > 50:
             raise ValueError(f"x0 reaches {x0.abs().amax():.0f}; bring pictures to [-1, 1], latents to deviation 1")
         noise = torch.randn(x0.shape, generator=generator).to(x0)
@@ -295,7 +301,7 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
     Defined in chapter 08.
     """
     if isinstance(loss, NoiseSchedule):
-        loss, at_start = DenoisingLoss(loss), 1.0
+        loss, at_start = DenoisingLoss(loss), at_start or 1.0
     (rank, world), device = _processes(), next(net.parameters()).device
     _check_options(steps=steps, every=every, batch=batch, accumulate=accumulate, parts=accumulate * world,
                    pictures=len(dataset))
@@ -332,7 +338,8 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
                                          f"infinity is {where}; lower lr={lr}, or check the data")
             if step == 0 and at_start and not 0.5 < value / at_start < 2:
                 raise ValueError(f"the first loss is {value:.3g}, where {at_start:.3g} was expected: check data, "
-                                 "schedule and loss; at_start=None is right for a network that was trained before")
+                                 "schedule and loss; a network that was trained before wants no at_start, and "
+                                 "DenoisingLoss(schedule) as its loss")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average.update(net)
@@ -411,16 +418,16 @@ def save_denoiser(folder, denoise: Denoiser, *, classes: list[str] = (), dtype: 
 
     classes: the names of the classes that the network can be told. Defined in chapter 08.
     """
-    folder = Path(folder)
-    denoise.network.save_pretrained(folder / "unet", dtype=dtype)
     scheduler = {"_class_name": "DDPMScheduler", "prediction_type": SAVED[denoise.prediction]}
     index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
              "unet": ["diffusers", "UNet2DModel"]}
     contents = {"scheduler/scheduler_config.json": denoise.schedule.to_config() | scheduler,
                 "classes.json": list(classes), "model_index.json": index}
-    for name, content in contents.items():
-        text = json.dumps(content, indent=2) + "\n"
-        write_atomically(folder / name, lambda path, text=text: Path(path).write_text(text, encoding="utf8"))
+    with all_or_nothing(folder) as new:
+        denoise.network.save_pretrained(new / "unet", dtype=dtype)
+        (new / "scheduler").mkdir()
+        for name, content in contents.items():
+            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
 
 
 def load_denoiser(name_or_path, *, dtype: torch.dtype = torch.float32) -> tuple[Denoiser, list[str]]:

@@ -516,6 +516,9 @@ class UNet(Model):
         if mask is not None and (context is None or mask.shape != context.shape[:2] or mask.dtype != torch.bool):
             raise ValueError("the mask must be boolean, with one entry for each word of the context")
         if embedding is None:
+            if config.classes:
+                raise ValueError(f"this network is told a class: give embedding, {count} numbers in "
+                                 f"0…{config.classes - 1}")
             return
         numbers = not embedding.is_floating_point()
         if embedding.shape != ((count,) if numbers else (count, width)) or (numbers and not config.classes):

@@ -544,3 +544,11 @@ def test_stacked_attention_is_cut_in_three():
         "final_layer_norm.weight"}
     assert torch.equal(found["a.self_attn.k_proj.weight"], torch.tensor([[4.0, 5.0], [6.0, 7.0]]))
     assert torch.equal(found["a.self_attn.v_proj.bias"], torch.tensor([4.0, 5.0]))
+
+
+def test_a_name_that_means_two_things_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"'digits' ships, and there is a folder of that name here.*'./digits'"):
+        locate("digits")
+    assert locate("./digits") == Path("digits")

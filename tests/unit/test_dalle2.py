@@ -1,5 +1,6 @@
 """Chapter 18: from a caption to a picture by way of an embedding, from a picture to others, and to disk and back."""
 
+import copy
 import dataclasses
 import json
 
@@ -408,3 +409,23 @@ def test_everything_runs_on_another_device(tiny):
                  pipe.text_diff(image, "pizza", "red heart", steps=2, decoder_steps=2, output="tensor")):
         assert made.device == meta
     assert isinstance(tiny._told(None, ["pizza"]), Condition)
+
+
+def test_without_its_prior_it_still_moves(tiny):
+    glide = copy.deepcopy(tiny).without_prior().to("meta")
+    told = glide.conditioner.condition(["red heart"])
+    assert told.context.is_meta and glide.base.network.device.type == glide.upsampler.network.device.type == "meta"
+
+
+def test_what_an_older_system_left_in_a_folder_goes(tiny, tmp_path):
+    parts = {name: getattr(tiny, name) for name in ("text_encoder", "tokenizer", "prior", "text_projection", "decoder")}
+    DallE2(**parts, upsampler=tiny.upsampler, bilinear=True, clip=tiny.clip).save_pretrained(tmp_path)
+    DallE2(**parts, upsampler=tiny.upsampler).save_pretrained(tmp_path)
+    again = DallE2.from_pretrained(tmp_path)
+    assert again.clip is None and not again.bilinear
+    assert not (tmp_path / "clip").exists() and not (tmp_path / "upsampler").exists()
+
+
+def test_equal_texts_have_no_difference(tiny):
+    with pytest.raises(ValueError, match="must differ, got 'pizza' twice"):
+        tiny.text_diff(pictures(1), "pizza", "pizza", steps=2)

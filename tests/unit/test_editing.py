@@ -514,3 +514,33 @@ def test_controlnet_of_stable_diffusion_on_meta():
     with torch.device("meta"):
         net = ControlNet(ControlNetConfig(unet=UNetConfig.preset("sd15")))
     assert net.count_parameters() == 361_279_120 and len(net.state_dict()) == 340
+
+
+def test_a_training_that_fails_leaves_the_pipeline_alone(painter, picture, monkeypatch):
+    before = painter(CAPTION, **FAST)
+
+    def interrupted(lora, *args, **options):
+        filled(lora)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusionbook.editing.train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(painter, [picture], ["pizza"], progress=False)
+    assert torch.equal(painter(CAPTION, **FAST), before)
+    painter.to(torch.device("cpu")).unet.half()
+    with pytest.raises(ValueError, match="lost in torch.float16; to train, load the pipeline in float32"):
+        train_lora(painter, [picture], ["pizza"], progress=False)
+
+
+def test_a_lora_with_nan_is_not_saved(painter, tmp_path):
+    lora = filled(LoRA(painter, rank=2))
+    next(lora.parameters()).data[0] = torch.nan
+    with pytest.raises(ValueError, match="holds NaN or infinity, so nothing was saved"):
+        lora.save(tmp_path / "lora.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_word_that_exists_can_t_be_new(painter):
+    known = next(token for token in ("red", "heart", "pizza") if len(painter.tokenizer.encode(token)) == 1)
+    with pytest.raises(ValueError, match="is a word already"):
+        add_word(painter, known, torch.zeros(painter.text_encoder.config.width))

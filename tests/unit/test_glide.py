@@ -565,3 +565,8 @@ def test_weights_of_another_model_are_refused(pipe, tmp_path, small_presets):
     torch.save(state | {"token_embedding.weight": torch.zeros(99, 16)}, tmp_path / "base.pt")
     with pytest.raises(ValueError, match="token_embedding.weight has shape"):
         load_glide(tmp_path / "base.pt")
+
+
+def test_a_negative_caption_needs_guidance():
+    with pytest.raises(ValueError, match="negative works through guidance, which 1 turns off"):
+        tiny().denoiser(["pizza"], negative="blurry", guidance=1)

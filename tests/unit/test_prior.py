@@ -246,3 +246,9 @@ def test_everything_runs_on_another_device():
                               mask=torch.empty(n, config.words, device="meta", dtype=torch.bool)) for n in (3, 1))
     drawn = sample_embedding(prior, told, untold, schedule=COSINE, steps=3)
     assert drawn.device.type == "meta" and drawn.shape == (3, config.embedding)
+
+
+def test_heads_may_have_any_width():
+    assert PriorConfig(width=96, heads=32).width == 96
+    with pytest.raises(ValueError, match="even and a multiple of heads"):
+        PriorConfig(width=96, heads=5)

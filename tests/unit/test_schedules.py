@@ -541,3 +541,17 @@ def test_next_time_out_of_range(t_next):
     for schedule in (NoiseSchedule.linear(10), NoiseSchedule.flow(10)):
         with pytest.raises(ValueError, match=r"must lie in \[0, 9\].*-1 is the clean picture"):
             schedule.posterior_variance(5, t_next)
+
+
+@pytest.mark.parametrize("config", [{"use_flow_sigmas": True, "flow_shift": 3.0, "beta_schedule": "linear"},
+                                    {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80.0}])
+def test_configs_without_betas_are_not_read_as_linear(config):
+    with pytest.raises(ValueError, match=r"aren't described by betas.*NoiseSchedule.flow"):
+        NoiseSchedule.from_config(config)
+
+
+@pytest.mark.parametrize("curve", [[1.0, 0.5, 0.6], [1.0, 0.0, 0.0], [0.0, 0.0]])
+def test_a_curve_that_rises_or_ends_early_has_no_betas(curve):
+    with pytest.raises(ValueError, match="must fall from step to step"):
+        betas_from_alpha_bar(torch.tensor(curve))
+    assert betas_from_alpha_bar(torch.tensor([1.0, 0.5, 0.0])).tolist() == [0.5, 0.999]

@@ -641,3 +641,8 @@ def test_the_miniature_minds_its_words(emoji_painter):
     assert blue[2] > blue[0] + 0.3
     assert green[1] > green[0] and green[1] > green[2]
     assert yellow[0] > yellow[2] + 0.3 and yellow[1] > yellow[2] + 0.3
+
+
+def test_a_negative_caption_needs_guidance(tiny):
+    with pytest.raises(ValueError, match="negative works through guidance, which 1 turns off"):
+        tiny("pizza", negative="blurry", guidance=1, steps=1, progress=False)

@@ -815,3 +815,17 @@ def test_a_gpu_draws_the_same_and_learns_the_same():
         train(net, POINTS, lambda net, x, generator: (net(x) - x[:, :1]).square().mean(), steps=20, lr=0.05,
               batch=8, warmup=5, progress=False)
     assert torch.allclose(nets["cpu"].layer.weight, nets["cuda"].layer.weight.cpu(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.flow(), NoiseSchedule.linear().zero_terminal_snr()])
+def test_noise_can_t_be_the_target_where_no_signal_is_left(schedule):
+    with pytest.raises(ValueError, match='ends without signal.*prediction="v"'):
+        DenoisingLoss(schedule)
+    DenoisingLoss(schedule, "v")
+
+
+def test_who_is_told_nothing_hears_nothing():
+    loss = DenoisingLoss(NoiseSchedule.linear(), drop=0.1, empty={"context": torch.zeros(3, 2)})
+    batch = {"x0": torch.zeros(2, 2), "context": torch.ones(2, 3, 2), "embedding": torch.ones(2)}
+    with pytest.raises(ValueError, match="empty says nothing about embedding"):
+        loss(nn.Identity(), batch, generator_for(0))

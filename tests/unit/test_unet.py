@@ -384,3 +384,12 @@ def test_attention_in_float32_is_kept_and_says_the_same():
     assert torch.equal(plain(x, t, context), upcast(x, t, context))
     low = upcast.bfloat16()(x.bfloat16(), t, context.bfloat16())
     assert low.dtype == torch.bfloat16 and low.isfinite().all()
+
+
+def test_a_network_that_is_told_a_class_wants_one():
+    net = UNet(UNetConfig(channels=(8,), attention=(None,), middle=None, heads=(1,), layers_per_block=1, groups=4,
+                          in_channels=3, out_channels=3, context_width=None, classes=5))
+    x, t = torch.zeros(2, 3, 8, 8), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match=r"is told a class: give embedding, 2 numbers in 0…4"):
+        net(x, t)
+    assert net(x, t, embedding=torch.tensor([0, 4])).shape == x.shape
