@@ -192,7 +192,8 @@ def prompt_film(pipeline: StableDiffusion, captions: list[str], *, frames: int =
                 **options) -> list[Image.Image] | Tensor:
     """Pictures on the way from each caption to the next, `frames` a way, all from the same noise.
 
-    The vectors of the captions are mixed word by word. Raises `ValueError` for fewer than two captions or one frame.
+    A random sampler, such as "ddpm", adds fresh noise to each, which makes a film flicker. The vectors of the captions
+    are mixed word by word. Raises `ValueError` for fewer than two captions or one frame.
     Defined in chapter 20.
     """
     if isinstance(captions, str) or len(captions) < 2 or frames < 1:
