@@ -284,15 +284,15 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
           evaluate: Callable[[], dict] | None = None, every: int = 200, folder=None, progress: bool = True) -> EMA:
     """Train `net` with AdamW and return the moving average of its weights; `average.swap(net)` puts it in place.
 
-    net: its weights must be float32, or float64.
+    net: its weights must be float32, or float64. It ends in evaluation mode, with the weights of the last step.
     dataset: what gives a batch for `dataset[numbers]`: a tensor of pictures, or a `StackDataset` of named tensors.
     loss: `loss(net, batch, generator)`, one number, or a pair of it and a dict of numbers for the log. It draws all
     chance from the CPU generator. A `NoiseSchedule` stands for `DenoisingLoss(schedule)`, which starts at 1.
     batch: pictures a step, all processes together; accumulate: parts of its share that a process takes one by one.
     weights: (N,) how often each picture is drawn, in proportion; by default all alike.
-    lr, warmup: the highest learning rate, and the steps of rise to it. weight_decay: the share, times the rate, by
-    which a step shrinks each weight. clip: the largest norm of a gradient (math.inf lets all pass).
-    ema: decay of the average. bf16: run the network in bfloat16 where autocast allows.
+    lr, warmup: the highest learning rate (AdamW's betas are 0.9 and 0.99), and the steps of rise to it.
+    weight_decay: the share, times the rate, by which a step shrinks each weight. clip: the largest norm of a gradient
+    (math.inf lets all pass). ema: decay of the average. bf16: run the network in bfloat16 where autocast allows.
     at_start: what the first loss should be; half or twice as much is refused.
     evaluate: called every `every` steps, and at the end, with the average in place; its numbers go to the log.
     folder: each of these moments becomes a line of `log.jsonl` and the state `state.pt`; the same call goes on there.
