@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from .checkpoints import all_or_nothing, locate, read_json, write_atomically
 from .data import emoji
-from .denoising import TARGETS, Denoiser, diffusion_loss
+from .denoising import TARGETS, Denoiser, diffusion_loss, edm, min_snr, p2
 from .schedules import NoiseSchedule
 from .unet import UNet, UNetConfig
 
@@ -416,11 +416,13 @@ SAVED = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flo
 def save_denoiser(folder, denoise: Denoiser, *, classes: list[str] = (), dtype: torch.dtype | None = None) -> None:
     """Write network (in `dtype`, by default its own) and schedule as a `DDPMPipeline` of diffusers.
 
-    classes: the names of the classes that the network can be told. Defined in chapter 08.
+    It paints with one whose network reads no words and whose schedule is no flow. classes: the names of the classes
+    that the network can be told. Defined in chapter 08.
     """
-    scheduler = {"_class_name": "DDPMScheduler", "prediction_type": SAVED[denoise.prediction]}
-    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
-             "unet": ["diffusers", "UNet2DModel"]}
+    kind = "DDPMScheduler" if denoise.schedule.shift is None else "FlowMatchEulerDiscreteScheduler"
+    scheduler = {"_class_name": kind, "prediction_type": SAVED[denoise.prediction]}
+    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", kind],
+             "unet": ["diffusers", denoise.network.config.to_config()["_class_name"]]}
     contents = {"scheduler/scheduler_config.json": denoise.schedule.to_config() | scheduler,
                 "classes.json": list(classes), "model_index.json": index}
     with all_or_nothing(folder) as new:
@@ -492,6 +494,13 @@ def _schedule(name: str, **options) -> NoiseSchedule:
     return getattr(NoiseSchedule, name)(**options)
 
 
+def _loss(schedule: NoiseSchedule, *, weight: str = "", **options) -> DenoisingLoss:
+    weights = {"min_snr": min_snr, "p2": p2, "edm": edm}
+    if weight and weight not in weights:
+        raise ValueError(f"no weight named {weight!r}; choose one of {', '.join(weights)}")
+    return DenoisingLoss(schedule, weight=weights.get(weight), **options)
+
+
 def _data(split: str, *, name: str, **options):
     makers = {"emoji": _emoji, "digits": _digits}
     if name not in makers:
@@ -517,7 +526,7 @@ def run_recipe(path, *, folder, device="cpu", steps: int | None = None, progress
             raise ValueError(f"{path}, table [{table}]: {error}") from error
 
     schedule = build("schedule", _schedule)
-    loss = build("loss", partial(DenoisingLoss, schedule))
+    loss = build("loss", _loss, schedule)
     (pictures, told, names), (others, others_told, _) = (build("data", _data, s) for s in ("train", "validation"))
     classes = sorted(set(told) - {""})
     torch.manual_seed(recipe["train"].get("seed", 0))

@@ -681,6 +681,14 @@ def test_a_recipe_without_classes(recipe, tmp_path):
     assert denoise.network.config.classes is None and load_denoiser(tmp_path / "run")[1] == []
 
 
+def test_a_recipe_names_the_weight_of_its_loss(recipe, tmp_path):
+    plain, weighed = tmp_path / "plain", tmp_path / "weighed"
+    run_recipe(recipe, folder=plain, steps=1, progress=False)
+    recipe.write_text(RECIPE.replace("drop = 0.1", 'drop = 0.1\nweight = "min_snr"'))
+    run_recipe(recipe, folder=weighed, steps=1, progress=False)
+    assert log(weighed)[0]["loss"] < 0.9 * log(plain)[0]["loss"], "min-SNR weighs no time more than the plain loss"
+
+
 @pytest.mark.parametrize("old, new, words", [
     ("[loss]", "[lost]", "must have the tables data, loss"),
     ("[loss]", "[loss", "not valid TOML"),
@@ -690,6 +698,7 @@ def test_a_recipe_without_classes(recipe, tmp_path):
     ("groups = 4", "troops = 4", r"\[network\]: .*troops"),
     ("lr = 1e-3", "rate = 1e-3", r"\[train\]: .*rate"),
     ('prediction = "v"', 'predict = "v"', r"\[loss\]: .*predict"),
+    ("drop = 0.1", 'weight = "snr"', r"\[loss\]: no weight named 'snr'; choose one of min_snr, p2, edm"),
 ])
 def test_recipes_that_are_wrong(recipe, tmp_path, old, new, words):
     recipe.write_text(RECIPE.replace(old, new))
@@ -713,6 +722,7 @@ def test_what_is_saved_can_be_read_again(tmp_path):
         again, classes = load_denoiser(folder)
         assert again.prediction == prediction and torch.equal(again.schedule.betas, schedule.betas) and classes == []
     config = folder / "scheduler" / "scheduler_config.json"
+    assert "FlowMatchEulerDiscreteScheduler" in config.read_text(), "DDPM's would read a flow as linear betas"
     config.write_text(config.read_text().replace("flow_prediction", "guess"))
     with pytest.raises(ValueError, match="prediction_type='guess' in flow/scheduler; expected one of"):
         load_denoiser(folder)
