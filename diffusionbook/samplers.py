@@ -496,6 +496,9 @@ def rescaled_guidance(denoise: Denoiser, unconditional: Condition, *, scale: flo
 
     def answer(x: Tensor, t) -> Prediction:
         pair = both(torch.cat([x, x]), torch.cat([t.expand(len(x))] * 2) if isinstance(t, Tensor) else t)
+        if not pair.x0.is_meta and not (pair.x0.isfinite().all() and pair.eps.isfinite().all()):
+            raise FloatingPointError("the network answered with NaN or infinity; use float32 or bfloat16 instead "
+                                     "of float16")
         (x0, x0_without), (eps, eps_without) = pair.x0.chunk(2), pair.eps.chunk(2)
         asked = output(x0, eps, t)
         guided = output(x0_without + scale * (x0 - x0_without), eps_without + scale * (eps - eps_without), t)

@@ -390,7 +390,7 @@ class NoiseSchedule:
         (Salimans & Ho 2022.) Defined in chapter 04.
         """
         alpha, sigma = _per_picture(self._alpha_sigma(t), x0, noise)  # (B, 1, ..., 1) each
-        return (alpha * noise - sigma * x0).to(x0.dtype)
+        return _finite(alpha * noise - sigma * x0).to(x0.dtype)
 
     # One step back, when the clean picture is known
 

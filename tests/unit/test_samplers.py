@@ -823,3 +823,9 @@ def test_dpmpp_sde_is_dpmpp_with_eta():
     times = timesteps(LINEAR, 6)
     assert torch.equal(last(dpmpp_2m_sde(Gaussian(), noise(), times, noise=own_noise())),
                        last(dpmpp_2m(Gaussian(), noise(), times, eta=1, noise=own_noise())))
+
+
+def test_rescaled_guidance_says_that_the_network_answers_nan():
+    denoise = Denoiser(lambda x, t: torch.full_like(x, torch.nan), LINEAR.zero_terminal_snr(), "v")
+    with pytest.raises(FloatingPointError, match="the network answered with NaN or infinity"):
+        rescaled_guidance(denoise, Condition(), scale=2.0)(torch.zeros(1, 3, 8, 8), 500)

@@ -41,10 +41,15 @@ def inputs(config, count=2, size=(8, 12)):
     return torch.randn(count, config.in_channels, *size), torch.randint(0, 1000, (count,)), context
 
 
+def nothing(config, count=2):
+    """What a network that is told classes must be given when no class matters."""
+    return torch.zeros(count, 4 * config.channels[0]) if config.classes else None
+
+
 @EVERY
 def test_a_new_network_says_zero(config):
     model = network(config, randomise=False)
-    assert torch.equal(model(*inputs(config)), torch.zeros(2, config.out_channels, 8, 12))
+    assert torch.equal(model(*inputs(config), nothing(config)), torch.zeros(2, config.out_channels, 8, 12))
 
 
 @EVERY
@@ -66,10 +71,10 @@ def test_a_new_block_passes_its_input_on(config):
 def test_a_picture_does_not_depend_on_its_neighbours(config):
     model, (x, t, context) = network(config), inputs(config, 3)
     with torch.no_grad():
-        together = model(x, t, context)
+        together = model(x, t, context, nothing(config, 3))
         assert together.std() > 0.1 and together.shape == (3, config.out_channels, 8, 12)
         for i in range(3):
-            alone = model(x[i:i + 1], t[i:i + 1], None if context is None else context[i:i + 1])
+            alone = model(x[i:i + 1], t[i:i + 1], None if context is None else context[i:i + 1], nothing(config, 1))
             assert torch.allclose(alone[0], together[i], atol=1e-5)
 
 
@@ -77,9 +82,10 @@ def test_a_picture_does_not_depend_on_its_neighbours(config):
 def test_time_words_and_embedding_are_heard(config):
     model, (x, t, context) = network(config), inputs(config)
     with torch.no_grad():
-        out = model(x, t, context)
-        assert (model(x, t + 100, context) - out).abs().mean() > 1e-3
-        assert (model(x, t + 0.5, context) - out).abs().mean() > 1e-6
+        none = nothing(config)
+        out = model(x, t, context, none)
+        assert (model(x, t + 100, context, none) - out).abs().mean() > 1e-3
+        assert (model(x, t + 0.5, context, none) - out).abs().mean() > 1e-6
         embedding = torch.randn(2, 4 * config.channels[0])
         told = model(x, t, context, embedding)
         assert (told - out).abs().mean() > 1e-3
@@ -230,7 +236,8 @@ def test_the_names_of_guided_diffusion_are_understood(config):
     assert sum(p.numel() for p in theirs.values()) == model.count_parameters()
     again = UNet(config).load(dict(sorted(theirs.items()))).eval()
     with torch.no_grad():
-        assert torch.equal(again(*inputs(config)), model(*inputs(config)))
+        told = *inputs(config), nothing(config)
+        assert torch.equal(again(*told), model(*told))
 
 
 def test_a_file_of_another_network_is_refused_by_name():
