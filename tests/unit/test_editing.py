@@ -266,10 +266,10 @@ def test_what_is_no_lora_is_refused(painter, tmp_path):
     save_file({}, tmp_path / "empty.safetensors")
     with pytest.raises(ValueError, match="holds no LoRA"):
         painter.load_lora(tmp_path / "empty.safetensors")
-    lora = filled(LoRA(painter, rank=2))
-    with torch.no_grad():
-        next(lora.parameters())[0, 0] = torch.nan
-    lora.save(tmp_path / "nan.safetensors")
+    filled(LoRA(painter, rank=2)).save(tmp_path / "nan.safetensors")
+    state = load_file(tmp_path / "nan.safetensors")
+    next(iter(state.values()))[0, 0] = torch.nan
+    save_file(state, tmp_path / "nan.safetensors")
     with pytest.raises(ValueError, match="holds NaN"):
         painter.load_lora(tmp_path / "nan.safetensors")
     assert not any(module._forward_hooks for module in painter.unet.modules())
