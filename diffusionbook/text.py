@@ -181,7 +181,7 @@ class Tokenizer:
         """Let a new word, one run of letters, have the id `number` (textual inversion, chapter 20); not saved."""
         if not regex.fullmatch(r"\p{L}+", word) or number in self._symbols:
             raise ValueError(f"a new word must be one run of letters and its id new, got {word!r} and {number}")
-        if len(self.encode(word)) == 1:
+        if word.lower() not in self.added and len(self.encode(word)) == 1:
             raise ValueError(f"{word!r} is a word already; choose one that isn't")
         symbol = "".join(self.spell(word.lower()))
         self.added[word.lower()], self._symbols[number] = number, symbol

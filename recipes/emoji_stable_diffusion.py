@@ -5,13 +5,13 @@
 
 Needs the VAE of recipes/emoji_vae.py and the CLIP of recipes/emoji_clip.py; neither takes part in the training, so
 pictures and captions are encoded once. Resumable: the same command goes on where it stopped. At the end the whole
-pipeline lies in the run's folder as `pipeline`, as diffusers' StableDiffusionPipeline reads it, and its U-Net and
-schedule go to diffusionbook/weights/emoji (or to `--ship`), where VAE and CLIP lie. On two CPU cores take
+pipeline lies in the run's folder as `pipeline`, as diffusers' StableDiffusionPipeline reads it, and its U-Net,
+schedule and text encoder go to diffusionbook/weights/emoji (or to `--ship`), where the VAE lies. On two CPU cores take
 `--steps 11000 --batch 64`.
 
 With `--start` the U-Net begins as that of another pipeline, which may have read another text encoder. Before it learns
 from pictures it then imitates that one for 1,500 steps: a teacher's answer has less chance in it than the noise of a
-picture, so each step teaches more. Half of the steps then does.
+picture.
 
 An object has two or three pictures only, a person has dozens. What is done about it: objects are drawn more often than
 their number of pictures asks for; each picture is seen in several places and sizes; words come from CLIP, in which
@@ -165,7 +165,7 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: b
     learn(loss, steps=steps, folder=folder).swap(unet)
     StableDiffusion(vae=vae, unet=unet, text_encoder=clip.text_model, tokenizer=clip.tokenizer, schedule=SCHEDULE,
                     prediction="v").save_pretrained(folder / "pipeline", dtype=torch.float16)
-    for part in ("unet", "scheduler"):  # the rest comes from other recipes
+    for part in ("unet", "scheduler", "text_encoder"):  # the U-Net belongs to this text encoder
         shutil.copytree(folder / "pipeline" / part, ship / part, dirs_exist_ok=True)
     for split in UNSEEN:
         print(f"{split}: {unseen_error(split):.3f}")

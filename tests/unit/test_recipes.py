@@ -65,7 +65,7 @@ def test_controlnet(tmp_path, capsys):
 
 
 def test_stable_diffusion(tmp_path, capsys):
-    """A U-Net on the frozen VAE and CLIP, new or begun as another's; U-Net and schedule ship."""
+    """A U-Net on the frozen VAE and CLIP, new or begun as another's; all but the VAE ships."""
     import emoji_stable_diffusion
 
     from diffusionbook.clip import CLIP
@@ -83,4 +83,4 @@ def test_stable_diffusion(tmp_path, capsys):
     assert painter("pizza", steps=1, output="tensor", progress=False).shape == (1, 3, 64, 64)
     shipped = UNet.from_pretrained(tmp_path / "ship/unet").state_dict()
     assert all(torch.equal(tensor, shipped[name]) for name, tensor in painter.unet.state_dict().items())
-    assert {path.name for path in (tmp_path / "ship").iterdir()} == {"unet", "scheduler"}
+    assert {path.name for path in (tmp_path / "ship").iterdir()} == {"unet", "scheduler", "text_encoder"}
