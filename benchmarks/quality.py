@@ -4,12 +4,12 @@
     python benchmarks/quality.py --samplers ddim --calls 50
     python benchmarks/quality.py                                   # every sampler with 5, 10, 15, 25 and 50 calls
     python benchmarks/quality.py --samplers dpmpp_2m --calls 25 --guidance 0 1 2 3 5 8
-    python benchmarks/quality.py --painter pixels --guidance 1     # a small network at 16×16: minutes a line
+    python benchmarks/quality.py --painter pixels --guidance 1     # a small network at 32×32: minutes a line
 
 The line before the last measures what guidance costs: precision rises with it and recall, the variety, falls.
 
 All pictures of a run start from the same noises and captions (or classes, drawn from the training split), and all are
-compared with the same real pictures, through the judge's features; those of 16×16 pixels are enlarged for it, real and
+compared with the same real pictures, through the judge's features; small ones are enlarged for it, real and
 painted alike. Each result is a line in benchmarks/quality.jsonl, and each batch of features a file in runs/quality:
 what is there already isn't painted again, so a run can be stopped and continued. Ends with a table of all lines that
 belong together.
@@ -63,11 +63,13 @@ class Latents:
 
 
 class Pixels:
-    """The miniature that paints 16×16 pixels, asked for classes."""
+    """The miniature that paints small pictures, asked for classes."""
 
     def __init__(self, device):
         self.denoise, classes = load_denoiser("pixels")
-        self.network, self.data = self.denoise.network.to(device), emoji("train", size=16)
+        self.network = self.denoise.network.to(device)
+        self.side = self.network.config.sample_size
+        self.data = emoji("train", size=self.side)
         told = [", ".join(a[key] for key in ("group", "tone", "style") if a[key]) for a in self.data.attributes]
         self.wishes = [1 + classes.index(name) for name in told]  # class 0 is none
 
@@ -76,7 +78,7 @@ class Pixels:
         device = self.network.device
         told, untold = (Condition(embedding=torch.tensor(n, device=device)) for n in (numbers, [0] * len(numbers)))
         denoise = classifier_free(replace(self.denoise, condition=told), untold, scale=guidance)
-        x = sample(denoise, (len(numbers), 3, 16, 16), device=device, progress=False, **options)
+        x = sample(denoise, (len(numbers), 3, self.side, self.side), device=device, progress=False, **options)
         return self.enlarge(x.clamp(-1, 1))
 
     def real(self, chosen: list[int]) -> torch.Tensor:
@@ -85,8 +87,8 @@ class Pixels:
 
     @staticmethod
     def enlarge(images: torch.Tensor) -> torch.Tensor:
-        """16×16 pixels → 64×64, as the judge wants them."""
-        return F.interpolate(images, scale_factor=4, mode="bilinear")
+        """Small pictures → 64×64, as the judge wants them."""
+        return F.interpolate(images, size=(64, 64), mode="bilinear")
 
 
 PAINTERS = {"latents": Latents, "pixels": Pixels}

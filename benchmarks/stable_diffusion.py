@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from timing import in_turns, ratio
 
-from diffusionbook.checkpoints import locate
+from diffusionbook.data import pick_device
 from diffusionbook.stable_diffusion import StableDiffusion
 from diffusionbook.training import has_bf16
 
@@ -53,11 +53,15 @@ def painter(side: str, folder, dtype: torch.dtype, memory: str | None, device: s
 
 
 def miniature(pairs: int) -> None:
-    painters = [painter(side, locate("emoji"), torch.float32, None, "cpu") for side in ("ours", "theirs")]
-    ours, theirs = (own[1:] for own in in_turns([partial(paint, STEPS) for paint in painters], pairs + 1))  # warm
+    device = pick_device().type
+    with tempfile.TemporaryDirectory() as folder:
+        StableDiffusion.from_pretrained("emoji").save_pretrained(folder)  # diffusers wants all parts in one place
+        painters = [painter(side, folder, torch.float32, None, device) for side in ("ours", "theirs")]
+    times = in_turns([partial(paint, STEPS) for paint in painters], pairs + 1, cuda=device == "cuda")
+    ours, theirs = (own[1:] for own in times)  # warm
     print("| miniature, 64×64, 20 steps | diffusionbook | diffusers | ratio |\n|---|---|---|---|")
     seconds = [f"{statistics.median(own) / 1000:.2f}" for own in (ours, theirs)]
-    print(f"| seconds per picture | {' | '.join(seconds)} | {ratio(ours, theirs):.2f} |\n")
+    print(f"| seconds per picture on {device} | {' | '.join(seconds)} | {ratio(ours, theirs):.2f} |\n")
 
 
 def precision() -> torch.dtype:

@@ -166,9 +166,11 @@ class GaussianMixture:
         noise = torch.randn(count, self.event_shape.numel(), generator=g, dtype=torch.float64)
         bell, noise = bell.to(self.means.device), noise.to(self.means)
         variances, axes = self._bells
-        noise = variances[bell].sqrt() * noise  # (count, D)
-        if axes is not None:
-            noise = torch.einsum("nde,ne->nd", axes[bell], noise)
+        scale = variances.sqrt()[bell]  # (count, D)
+        if axes is None:
+            noise = scale * noise
+        else:  # there and back, so that it doesn't matter which way an axis points
+            noise = torch.einsum("nde,ne,nce,nc->nd", axes[bell], scale, axes[bell], noise)
         return self.means[bell] + noise.unflatten(1, self.event_shape)
 
     def _ask(self, x: Tensor, alpha, sigma, question: Callable[["_Bells"], Tensor]) -> Tensor:

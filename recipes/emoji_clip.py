@@ -1,6 +1,6 @@
 """Train the miniature CLIP on the emoji: a text and a vision transformer that put captions and pictures in one space.
 
-    python recipes/emoji_clip.py [--folder runs/emoji_clip] [--steps 2800] [--hard]
+    python recipes/emoji_clip.py [--folder runs/emoji_clip] [--steps 2800] [--batch 64] [--hard]
 
 First the tokenizer learns which letters go together in captions. Then most steps read only a part of each picture's
 patches, which costs a third (Li et al. 2023, "FLIP"); the last seventh reads them all. Resumable: the same command goes
@@ -21,7 +21,6 @@ from diffusionbook.data import STYLES, compose_caption, emoji, pick_device
 from diffusionbook.text import Tokenizer, train_bpe
 from diffusionbook.training import balanced_weights, train
 
-BATCH = 64  # pictures drawn a step; each brings another of its name and one of its subgroup: 192 pairs
 KEPT = 24  # patches of 64 that are read in the first part; blank ones are the first to go
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone means any pizza
 
@@ -116,7 +115,7 @@ class Exam:
         return shares
 
 
-def main(folder: Path, steps: int, hard: bool) -> None:
+def main(folder: Path, steps: int, batch: int, hard: bool) -> None:
     device = pick_device()
     data = emoji("train")
     images = data.images().to(device)
@@ -153,7 +152,7 @@ def main(folder: Path, steps: int, hard: bool) -> None:
     whole = -(-steps // 7)
 
     def learn(part: str, steps: int, lr: float, kept: int) -> None:
-        train(clip, torch.arange(len(images)), loss(kept), weights=balanced_weights(names), batch=BATCH, steps=steps,
+        train(clip, torch.arange(len(images)), loss(kept), weights=balanced_weights(names), batch=batch, steps=steps,
               lr=lr, weight_decay=0.1, ema=0.995, every=200, folder=folder / part,
               evaluate=lambda: exam.retrieval(clip)).swap(clip)
 
@@ -170,6 +169,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji_clip"))
     parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--batch", type=int, default=64, help="pictures drawn a step; each brings another of its name "
+                        "and one of its subgroup, three pairs in all")
     parser.add_argument("--hard", action="store_true")
     given = parser.parse_args()
-    main(given.folder, given.steps, given.hard)
+    main(given.folder, given.steps, given.batch, given.hard)

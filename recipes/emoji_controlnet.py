@@ -63,4 +63,4 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=4000, batch=64))
+    main(**options(__file__, __doc__, steps=4000, batch=64, trial=True))

@@ -1,6 +1,6 @@
 """Train the decoder that GLIDE and DALL·E 2 share in miniature: to 16×16 pixels from an embedding, a caption, or both.
 
-    python recipes/emoji_decoder.py [--folder runs/emoji_decoder] [--steps 4000]
+    python recipes/emoji_decoder.py [--folder runs/emoji_decoder] [--steps 4000] [--batch 32]
 
 The image embedding is left out a part of the time: without it the same network is GLIDE's. At other times a part of the
 picture is shown, and the network learns to paint the rest. Needs the CLIP of recipes/emoji_clip.py. Resumable: the same
@@ -53,7 +53,7 @@ def error(networks: nn.ModuleDict, x0, image, told, concat, generator: torch.Gen
                           **told).mean()
 
 
-def main(folder: Path, steps: int, ship: Path, clip: CLIP | None = None) -> dict:
+def main(folder: Path, steps: int, batch: int, ship: Path, clip: CLIP | None = None) -> dict:
     device = pick_device()
     clip = (clip or load_clip(device)).eval()
     data, unseen = emoji("train"), {split: emoji(split) for split in UNSEEN}
@@ -89,8 +89,8 @@ def main(folder: Path, steps: int, ship: Path, clip: CLIP | None = None) -> dict
                 "validation_loss_caption_only": unseen_error("validation", with_image=False)}
 
     average = train(networks, pictures, loss, weights=balanced_weights([a["name"] for a in data.attributes]),
-                    steps=steps, lr=8e-4, warmup=200, ema=0.998, batch=32, bf16=has_bf16(device), folder=folder,
-                    every=400, evaluate=evaluate)
+                    steps=steps, lr=8e-4 * (batch / 32) ** 0.5, warmup=200, ema=0.998, batch=batch,
+                    bf16=has_bf16(device), folder=folder, every=400, evaluate=evaluate)
     average.swap(networks)
     networks.eval()
     for name, network in networks.items():
@@ -101,4 +101,4 @@ def main(folder: Path, steps: int, ship: Path, clip: CLIP | None = None) -> dict
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=4000))
+    main(**options(__file__, __doc__, steps=4000, batch=32))

@@ -1,6 +1,6 @@
 """Train the judge on the emoji: which name, group, skin tone and style does a picture show?
 
-    python recipes/emoji_judge.py [--folder runs/emoji_judge] [--steps 6000]
+    python recipes/emoji_judge.py [--folder runs/emoji_judge] [--steps 6000] [--batch 64]
 
 First on the training split alone, to measure it on pictures that it never saw. Then an eighth as long on all real
 pictures, because the judge of painted pictures should know every real one. Resumable: the same command goes on where it
@@ -19,8 +19,6 @@ from torch.utils.data import StackDataset
 from diffusionbook.data import SPLITS, emoji, pick_device
 from diffusionbook.metrics import Judge, JudgeConfig
 from diffusionbook.training import balanced_weights, has_bf16, train
-
-BATCH = 64
 
 
 def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -54,7 +52,7 @@ def weighed(report: Callable[[list[int]], dict[str, float]], unseen: list[dict],
     return dict(total)
 
 
-def main(folder: Path, steps: int, ship: Path) -> None:
+def main(folder: Path, steps: int, batch: int, ship: Path) -> None:
     device = pick_device()
     splits = {split: emoji(split) for split in SPLITS}
     images = {split: data.images() for split, data in splits.items()}
@@ -81,18 +79,18 @@ def main(folder: Path, steps: int, ship: Path) -> None:
             return sum(F.cross_entropy(logits.float(), batch[part], label_smoothing=0.1)
                        for part, logits in judge(seen).items())
 
-        train(judge, data, loss, batch=BATCH, weights=balanced_weights([a["name"] for a in described]), steps=steps,
+        train(judge, data, loss, batch=batch, weights=balanced_weights([a["name"] for a in described]), steps=steps,
               lr=lr, folder=folder / stage, ema=0.998, bf16=has_bf16(device), every=500, weight_decay=0.05,
               evaluate=lambda: report(*UNSEEN)).swap(judge)
 
-    learn(("train",), steps, 2e-3, "train")
+    learn(("train",), steps, 2e-3 * (batch / 64) ** 0.5, "train")
     report_unseen(report)
     print("weighed like the data set:", weighed(
         lambda index: judge.report(unseen[0][index], [unseen[1][i] for i in index]), unseen[1],
         [a for part in attributes.values() for a in part]))
-    learn(SPLITS, steps // 8, 5e-4, "all")
+    learn(SPLITS, steps // 8, 5e-4 * (batch / 64) ** 0.5, "all")
     judge.eval().save_pretrained(ship / "judge", dtype=torch.float16)
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=6000))
+    main(**options(__file__, __doc__, steps=6000, batch=64))

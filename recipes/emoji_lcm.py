@@ -80,4 +80,4 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=2400, batch=32, start=True))
+    main(**options(__file__, __doc__, steps=2400, batch=32, trial=True, start=True))

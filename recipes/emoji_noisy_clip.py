@@ -1,6 +1,6 @@
 """Train an image tower that reads noisy pictures of 16×16 pixels, beside the miniature CLIP's text tower.
 
-    python recipes/emoji_noisy_clip.py [--folder runs/emoji_noisy_clip] [--steps 4000]
+    python recipes/emoji_noisy_clip.py [--folder runs/emoji_noisy_clip] [--steps 4000] [--batch 128]
 
 It is what guidance by CLIP asks (chapter 15). Needs the CLIP of recipes/emoji_clip.py, whose texts stay as they are.
 Resumable: the same command goes on where it stopped. At the end the tower goes to diffusionbook/weights/emoji.
@@ -28,7 +28,7 @@ def noised(x0: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> tor
     return SCHEDULE.add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0), t)
 
 
-def main(folder: Path, steps: int, ship: Path) -> dict:
+def main(folder: Path, steps: int, batch: int, ship: Path) -> dict:
     device = pick_device()
     clip = load_clip(device).eval()
     data, unseen = emoji("train"), {split: emoji(split) for split in UNSEEN}
@@ -66,7 +66,7 @@ def main(folder: Path, steps: int, ship: Path) -> dict:
         return shares
 
     average = train(tower, pictures, loss, weights=balanced_weights([a["name"] for a in data.attributes]), steps=steps,
-                    lr=1e-3, warmup=200, weight_decay=0.1, ema=0.998, batch=128, bf16=has_bf16(device), folder=folder,
+                    lr=1e-3, warmup=200, weight_decay=0.1, ema=0.998, batch=batch, bf16=has_bf16(device), folder=folder,
                     every=400, evaluate=lambda: among_five("validation"))
     average.swap(tower)
     tower.eval().save_pretrained(ship / "noisy_clip", dtype=torch.float16)
@@ -74,4 +74,4 @@ def main(folder: Path, steps: int, ship: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=4000))
+    main(**options(__file__, __doc__, steps=4000, batch=128))

@@ -1,6 +1,6 @@
 """Train the miniature's prior: from a caption, as CLIP reads it, to the CLIP embedding of a picture.
 
-    python recipes/emoji_prior.py [--folder runs/emoji_prior] [--steps 4000]
+    python recipes/emoji_prior.py [--folder runs/emoji_prior] [--steps 4000] [--batch 64]
 
 Needs the CLIP of recipes/emoji_clip.py, which takes no part in training: all embeddings are worked out once. Resumable:
 the same command goes on where it stopped. At the end network and schedule go to diffusionbook/weights/emoji.
@@ -72,7 +72,7 @@ def choose_captions(batch: dict, generator: torch.Generator) -> torch.Tensor:
     return torch.where(chance[1] < WITHOUT_CAPTION, 0, numbers)
 
 
-def main(folder: Path, steps: int, ship: Path, clip: CLIP | None = None) -> dict:
+def main(folder: Path, steps: int, batch: int, ship: Path, clip: CLIP | None = None) -> dict:
     device = pick_device()
     clip = (clip or load_clip(device)).eval()
     data, unseen = emoji("train"), {split: emoji(split) for split in UNSEEN}
@@ -102,8 +102,9 @@ def main(folder: Path, steps: int, ship: Path, clip: CLIP | None = None) -> dict
             prior, batch["x0"], batch["number"], generator), seed=1)
 
     average = train(prior, pictures, loss, weights=balanced_weights([a["name"] for a in data.attributes]), steps=steps,
-                    lr=5e-4, warmup=200, ema=0.998, weight_decay=0.05, batch=64, bf16=has_bf16(device), folder=folder,
-                    at_start=1.0, every=400, evaluate=lambda: {"validation_loss": unseen_error("validation")})
+                    lr=5e-4 * (batch / 64) ** 0.5, warmup=200, ema=0.998, weight_decay=0.05, batch=batch,
+                    bf16=has_bf16(device), folder=folder, at_start=1.0, every=400,
+                    evaluate=lambda: {"validation_loss": unseen_error("validation")})
     average.swap(prior)
     prior.eval().save_pretrained(ship / "prior", dtype=torch.float16)
     save_scheduler(ship / "prior_scheduler", Denoiser(prior, SCHEDULE, "x0"), limit=5.0)
@@ -127,4 +128,4 @@ def main(folder: Path, steps: int, ship: Path, clip: CLIP | None = None) -> dict
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=4000))
+    main(**options(__file__, __doc__, steps=4000, batch=64))

@@ -1,36 +1,34 @@
 """Train the miniature Stable Diffusion on the emoji: the latent U-Net, told by the frozen miniature CLIP.
 
-    python recipes/emoji_stable_diffusion.py [--folder runs/emoji_stable_diffusion] [--steps 40000] [--batch 256]
-                                             [--device cuda] [--compile] [--start FOLDER]
+    python recipes/emoji_stable_diffusion.py [--folder runs/emoji_stable_diffusion] [--steps 7000] [--batch 256]
+                                             [--device cuda]
 
 Needs the VAE of recipes/emoji_vae.py and the CLIP of recipes/emoji_clip.py; neither takes part in the training, so
 pictures and captions are encoded once. Resumable: the same command goes on where it stopped. At the end the whole
 pipeline lies in the run's folder as `pipeline`, as diffusers' StableDiffusionPipeline reads it, and its U-Net,
-schedule and text encoder go to diffusionbook/weights/emoji (or to `--ship`), where the VAE lies. On two CPU cores take
+schedule go to diffusionbook/weights/emoji (or to `--ship`), where VAE and CLIP lie. On two CPU cores take
 `--steps 11000 --batch 64`.
-
-With `--start` the U-Net begins as that of another pipeline, which may have read another text encoder. Before it learns
-from pictures it then imitates that one for 1,500 steps: a teacher's answer has less chance in it than the noise of a
-picture.
 
 An object has two or three pictures only, a person has dozens. What is done about it: objects are drawn more often than
 their number of pictures asks for; each picture is seen in several places and sizes; words come from CLIP, in which
 "pizza" is near "sandwich"; dropout; and min-SNR weights, which spend less on noise levels with little left to learn.
 """
 
-import argparse
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import SHIPPED, UNSEEN
+from shared import SHIPPED, UNSEEN, options
+from torch import nn
 from torch.utils.data import StackDataset
 
 from diffusionbook.autoencoders import VAE
-from diffusionbook.clip import CLIP
-from diffusionbook.data import compose_caption, emoji, pick_device
+from diffusionbook.clip import CLIP, CLIPConfig
+from diffusionbook.data import compose_caption, emoji
 from diffusionbook.denoising import diffusion_loss, min_snr
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.stable_diffusion import StableDiffusion
@@ -40,8 +38,7 @@ from diffusionbook.unet import UNet, UNetConfig
 
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone gives varied pictures
 WITHOUT_CAPTION = 0.1  # empty captions: classifier-free guidance needs to know what no caption looks like
-IMITATED = 1500  # steps in which the answers of another U-Net are the target, with --start
-VIEWS = 4  # how often each picture is encoded: as it is, and moved and scaled a little
+VIEWS = 8  # how often each picture is encoded: as it is, and moved and scaled a little
 SCHEDULE = NoiseSchedule.cosine()
 
 
@@ -84,25 +81,36 @@ def velocity_error(unet: UNet, x0, context, generator: torch.Generator, weight=N
     return diffusion_loss(unet, x0, noise, t, schedule=SCHEDULE, prediction="v", weight=weight, context=context).mean()
 
 
-@torch.no_grad()
-def take_over(unet: UNet, old: StableDiffusion, u: torch.Tensor, v: torch.Tensor) -> None:
-    """Give `unet` the weights of the U-Net in `old`, but keys and values that follow from other vectors of words.
+class Ordered(nn.Module):
+    """A U-Net that takes what it is given in order, as CUDA graphs want it."""
 
-    Where the old network computed W·u from its own encoder's vectors u, the new one computes (W·M)·v from CLIP's v:
-    M is the matrix that brings M·v nearest to u, over the places of all captions: both are (N, M, width).
-    """
-    u, v = u.flatten(0, 1).double(), v.flatten(0, 1).double()
-    change = torch.linalg.solve(v.T @ v + 1e-3 * torch.eye(v.shape[1]).to(v), v.T @ u).T.float()  # M
-    unet.load_state_dict({name: w @ change if "attn2.to_k" in name or "attn2.to_v" in name else w
-                          for name, w in old.unet.state_dict().items()})
+    def __init__(self, unet: UNet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return self.unet(x, t, context=context)
 
 
-def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: bool, ship: Path,
-         start: Path | None = None, dropout: float = 0.1, limit: int | None = None) -> None:
+def recorded(unet: UNet, batch: int) -> Callable:
+    """The U-Net, on a GPU as CUDA graphs: its maps are so small that kernels take longer to start than to run."""
+    if unet.device.type != "cuda":
+        return unet
+    c = unet.config
+    samples = (torch.randn(batch, c.in_channels, c.sample_size, c.sample_size, device=unet.device),
+               torch.zeros(batch, dtype=torch.int64, device=unet.device),
+               torch.randn(batch, CLIPConfig.preset("emoji").text.context_length, c.context_width, device=unet.device))
+    with torch.autocast("cuda", torch.bfloat16, enabled=has_bf16(unet.device), cache_enabled=False):
+        graphs = torch.cuda.make_graphed_callables(Ordered(unet), samples)
+    return lambda x, t, *, context: graphs(x, t, context)
+
+
+def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path, dropout: float = 0.15,
+         limit: int | None = None) -> None:
     data = emoji("train")
     vae = VAE.from_pretrained(SHIPPED / "vae").to(device)
     clip = CLIP.from_pretrained(SHIPPED / "clip").to(device)
-    images, attributes = data.images(range(limit) if limit else None), data.attributes[:limit]
+    images, attributes = data.images(range(limit) if limit else None).to(device), data.attributes[:limit]
     views = [images, *(torch.cat([moved(part, generator_for(view, i)) for i, part in enumerate(images.split(256))])
                        for view in range(1, VIEWS))]
     mean, deviation = (torch.stack(parts, dim=1) for parts in zip(*(encode(vae, v) for v in views), strict=True))
@@ -110,77 +118,43 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, compiled: b
     with_style, without_style = (
         words.rows([compose_caption(a["name"], tone=a["tone"], style=a["style"] if style else None)
                     for a in attributes]) for style in (True, False))
-    pictures = StackDataset(mean=mean.cpu(), deviation=deviation.cpu(), with_style=with_style,
-                            without_style=without_style)
+    pictures = StackDataset(mean=mean, deviation=deviation, with_style=with_style, without_style=without_style)
     unseen = {split: (encode(vae, other.images(range(limit) if limit else None))[0].cpu(),
                       words.rows(other.captions[:limit])) for split in UNSEEN for other in [emoji(split)]}
     table = words.table(clip.text_model)
     unseen = {split: StackDataset(x0=x0, rows=rows) for split, (x0, rows) in unseen.items()}
 
     torch.manual_seed(0)
-    config = UNetConfig(**vars(UNetConfig.preset("emoji-latent")) | {"dropout": dropout})
+    config = replace(UNetConfig.preset("emoji-latent"), dropout=dropout)
     unet = UNet(config).to(device)
-    network = torch.compile(unet) if compiled else unet
+    network = recorded(unet, batch)
 
-    def draw(batch: dict, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw a view, and a latent from its cloud; leave out the style of some captions, and some captions whole."""
+    def loss(_, batch: dict, generator: torch.Generator) -> torch.Tensor:
+        """Of a view and a latent drawn from its cloud; some captions are told without their style, some not at all."""
         count = len(batch["mean"])
         chance = torch.rand(3, count, generator=generator)
         view = torch.where(chance[2] < 0.5, 0, 1 + (2 * (chance[2] - 0.5) * (VIEWS - 1)).long()).clamp(max=VIEWS - 1)
-        index = torch.arange(count), view
+        index = torch.arange(count, device=device), view.to(device)
         noise = torch.randn(batch["mean"][:, 0].shape, generator=generator).to(device)
         x0 = batch["mean"][index] + batch["deviation"][index] * noise
         rows = torch.where((chance[0] < WITHOUT_STYLE).to(device), batch["without_style"], batch["with_style"])
         rows = torch.where((chance[1] < WITHOUT_CAPTION).to(device), 0, rows)
-        return x0, rows
-
-    def loss(_, batch: dict, generator: torch.Generator) -> torch.Tensor:
-        x0, rows = draw(batch, generator)
         return velocity_error(network, x0, table[rows], generator, partial(min_snr, gamma=5.0))
 
     def unseen_error(split: str) -> float:
         return mean_loss(unet, unseen[split], lambda unet, batch, generator: velocity_error(
             unet, batch["x0"], table[batch["rows"]], generator), batch=256, seed=1, bf16=has_bf16(device))
 
-    lr = (6e-4 if start else 8e-4) * (batch / 64) ** 0.5
-    weights = balanced_weights([a["name"] for a in attributes])
-    learn = partial(train, unet, pictures, weights=weights, batch=batch, lr=lr, warmup=200, ema=0.9995,
-                    weight_decay=0.02, bf16=has_bf16(device), every=500,
-                    evaluate=lambda: {split: unseen_error(split) for split in UNSEEN})
-    if start:
-        old = StableDiffusion.from_pretrained(start).to(device)
-        old.unet.requires_grad_(False)
-        told = words.table(old.text_encoder)
-        take_over(unet, old, told, table)
-
-        def imitation(_, batch: dict, generator: torch.Generator) -> torch.Tensor:
-            """How far the network is from what the old one answers, which is told the same by its own encoder."""
-            x0, rows = draw(batch, generator)
-            noise = torch.randn(x0.shape, generator=generator).to(device)
-            t = torch.randint(SCHEDULE.steps, (len(x0),), generator=generator).to(device)
-            x = SCHEDULE.add_noise(x0, noise, t)
-            return (network(x, t, context=table[rows]) - old.unet(x, t, context=told[rows])).float().square().mean()
-
-        learn(imitation, steps=min(IMITATED, steps), folder=folder / "imitation").swap(unet)
-    learn(loss, steps=steps, folder=folder).swap(unet)
+    train(unet, pictures, loss, weights=balanced_weights([a["name"] for a in attributes]), batch=batch, steps=steps,
+          lr=8e-4, warmup=200, ema=0.9995, weight_decay=0.02, bf16=has_bf16(device), every=500,
+          folder=folder, evaluate=lambda: {split: unseen_error(split) for split in UNSEEN}).swap(unet)
     StableDiffusion(vae=vae, unet=unet, text_encoder=clip.text_model, tokenizer=clip.tokenizer, schedule=SCHEDULE,
                     prediction="v").save_pretrained(folder / "pipeline", dtype=torch.float16)
-    for part in ("unet", "scheduler", "text_encoder"):  # the U-Net belongs to this text encoder
+    for part in ("unet", "scheduler"):
         shutil.copytree(folder / "pipeline" / part, ship / part, dirs_exist_ok=True)
     for split in UNSEEN:
         print(f"{split}: {unseen_error(split):.3f}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/emoji_stable_diffusion"))
-    parser.add_argument("--steps", type=int, default=40_000)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--device", type=torch.device, default=None)
-    parser.add_argument("--compile", action="store_true", help="compile the network first: faster on a GPU")
-    parser.add_argument("--ship", type=Path, default=SHIPPED)
-    parser.add_argument("--limit", type=int, help="use only so many pictures, to try the recipe out")
-    parser.add_argument("--start", type=Path, help="a pipeline whose U-Net to begin with, such as a shipped one")
-    given = parser.parse_args()
-    main(given.folder, given.steps, given.batch, given.device or pick_device(), given.compile, given.ship,
-         given.start, limit=given.limit)
+    main(**options(__file__, __doc__, steps=7_000, batch=256, trial=True))

@@ -1,6 +1,6 @@
 """Train the upsampler of the miniature cascades: a 16×16 picture in, the 64×64 picture out, without words.
 
-    python recipes/emoji_upsampler.py [--folder runs/emoji_upsampler] [--steps 2500]
+    python recipes/emoji_upsampler.py [--folder runs/emoji_upsampler] [--steps 2500] [--batch 16]
 
 It learns on random crops of 32×32 pixels, a quarter of the work, and is used on whole pictures. Needs no other weights,
 and serves GLIDE and DALL·E 2 alike. Resumable: the same command goes on where it stopped. At the end network and
@@ -24,7 +24,6 @@ from diffusionbook.training import balanced_weights, has_bf16, save_denoiser, tr
 from diffusionbook.unet import UNet, UNetConfig
 
 SMALL, LARGE, CROP = 16, 64, 32
-BATCH = 16
 SCHEDULE = NoiseSchedule.cosine()
 
 
@@ -67,20 +66,20 @@ def report(net: UNet, both: dict[str, torch.Tensor]) -> dict[str, float]:
     return numbers
 
 
-def main(folder: Path, steps: int, ship: Path) -> None:
+def main(folder: Path, steps: int, batch: int, ship: Path) -> None:
     device = pick_device()
     data = emoji("train")
     everything = StackDataset(small=emoji("train", size=SMALL).images().to(device), large=data.images().to(device))
     some = pictures("validation", 32)
     torch.manual_seed(0)
     net = UNet(UNetConfig.preset("emoji-upsampler")).to(device)
-    average = train(net, everything, loss, weights=balanced_weights([a["name"] for a in data.attributes]), batch=BATCH,
-                    steps=steps, lr=1e-3, warmup=200, ema=0.998, bf16=has_bf16(device), folder=folder, every=500,
-                    evaluate=lambda: report(net, some))
+    average = train(net, everything, loss, weights=balanced_weights([a["name"] for a in data.attributes]), batch=batch,
+                    steps=steps, lr=1e-3 * (batch / 16) ** 0.5, warmup=200, ema=0.998, bf16=has_bf16(device),
+                    folder=folder, every=500, evaluate=lambda: report(net, some))
     average.swap(net)
     save_denoiser(ship / "upsampler", Denoiser(net.eval(), SCHEDULE, "v"), dtype=torch.float16)
     report_unseen(lambda split: report(net, pictures(split, 64)))
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=2500))
+    main(**options(__file__, __doc__, steps=2500, batch=16))

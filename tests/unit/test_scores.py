@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -545,6 +546,17 @@ def test_block_learns_and_runs_on_meta():
     block(torch.rand(1, 1, 6, 6)).square().sum().backward()
     assert block.filters.grad.abs().sum() > 0 and block.step.grad is not None
     assert block.to("meta")(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 3, 8, 8)
+
+
+def test_samples_are_drawn_through_the_symmetric_root():
+    """Eigenvectors come with either sign, another one on a GPU; what is drawn must not depend on it."""
+    covariance = torch.tensor([[2.0, 0.9], [0.9, 0.5]], dtype=F64)
+    mixture = GaussianMixture(torch.zeros(1, 2, dtype=F64), covariance[None])
+    g = torch.Generator().manual_seed(3)
+    torch.multinomial(torch.ones(1, dtype=F64), 7, replacement=True, generator=g)
+    noise = torch.randn(7, 2, generator=g, dtype=F64)
+    root = torch.as_tensor(scipy.linalg.sqrtm(covariance.numpy()))
+    close(mixture.sample(7, seed=3), noise @ root)
 
 
 @pytest.mark.gpu

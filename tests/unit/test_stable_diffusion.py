@@ -612,7 +612,7 @@ def emoji_painter():
 
 def test_the_miniature_is_whole(emoji_painter):
     folder = locate("emoji")
-    for part in ("unet", "vae", "text_encoder"):
+    for part in ("unet", "vae", "clip"):
         for line in (folder / part / "SHA256SUMS").read_text().splitlines():
             digest, name = line.split()
             assert sha256(folder / part / name) == digest

@@ -753,7 +753,7 @@ def test_the_recipes_of_the_book_can_be_built(root):
 
     paths = sorted((root / "recipes").glob("*.toml"))
     recipes = {path.name: read_recipe(path) for path in paths if path.name != "budget.toml"}
-    assert {"digits.toml", "emoji_pixels.toml", "emoji_pixels_cpu.toml"} <= recipes.keys()
+    assert {"digits.toml", "emoji_pixels.toml"} <= recipes.keys()
     for name, recipe in recipes.items():
         loss = DenoisingLoss(_schedule(**recipe["schedule"]), **recipe["loss"])
         with torch.device("meta"):
