@@ -126,7 +126,7 @@ class UNetConfig:
     upcast_attention: bool = False  # and compares queries with keys in float32, because float16 overflows
     residual_resampling: bool = False  # guided diffusion halves and doubles inside residual blocks, not by convolution
     scale_shift: bool = False  # in guided diffusion time also multiplies, and does not only add
-    dropout: float = 0.0  # in residual blocks; 0.1 keeps a network from learning few pictures by heart
+    dropout: float = 0.0  # in residual blocks; 0.1 slows down learning few pictures by heart
     groups: int = 32  # of every GroupNorm
     eps: float = 1e-5  # of the residual blocks' GroupNorms
     cos_first: bool = True  # the dialect of the time embedding, see chapter 06
