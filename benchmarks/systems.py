@@ -121,20 +121,22 @@ def paint_all(paint: Paint, captions: list[str], folder: Path, *, restart: int =
 
 
 @torch.no_grad()
-def scores(painted: torch.Tensor, real: torch.Tensor, attributes: list[dict], captions: list[str], *, judge: Judge,
-           critic: Critic, train: torch.Tensor) -> dict[str, float]:
+def scores(painted: torch.Tensor, real: torch.Tensor, attributes: list[dict], captions: list[str], *,
+           others: torch.Tensor, judge: Judge, critic: Critic, train: torch.Tensor) -> dict[str, float]:
     """What the judge and the critic say of painted pictures beside the real ones of the same captions.
 
     Shares of right answers, each also as a share of what the same judge gives the real pictures; FID and KID in the
-    judge's features; the critic's mean score; distance to the nearest of the training pictures' features `train`, and
-    the chance to be nearer to them than the real pictures are (0.5: no copying).
+    judge's features, to `others`, real pictures of other captions (the estimate of KID wants independent samples), and
+    the same for the real ones; the critic's mean score; distance to the nearest of the training pictures' features
+    `train`, and the chance to be nearer to them than the real pictures are (0.5: no copying).
     """
     ours, theirs = judge.report(painted, attributes), judge.report(real, attributes)
     found = {key: share for key, share in ours.items()}
     found |= {f"{key} / real": share / theirs[key] if theirs[key] else float("nan") for key, share in ours.items()}
-    features, true = (features_of(judge, images).double() for images in (painted, real))
-    estimate, copied = kid(true, features), data_copying(train, true, features)
-    found |= {"FID": fid(true, features), "KID": estimate.value, "KID error": estimate.error,
+    features, true, reference = (features_of(judge, images).double() for images in (painted, real, others))
+    estimate, copied = kid(reference, features), data_copying(train, true, features)
+    found |= {"FID": fid(reference, features), "FID of real": fid(reference, true),
+              "KID": estimate.value, "KID error": estimate.error, "KID of real": kid(reference, true).value,
               "nearest training picture": nearest_neighbours(features, train)[0].mean().item(),
               "nearer than real": copied.value, "nearer than real error": copied.error}
     for name, images in (("CLIP score", painted), ("CLIP score of real", real)):
@@ -159,9 +161,10 @@ def measure(paint: Paint, folder: Path, *, pictures: int, judge: Judge, critic: 
     results = {}
     for kind in kinds:
         chosen, attributes, captions = questions(kind, pictures)
-        painted = paint_all(paint, captions, folder / kind)
-        results[kind] = scores(painted, emoji(kind).images(chosen), attributes, captions, judge=judge, critic=critic,
-                               train=train)
+        painted, data = paint_all(paint, captions, folder / kind), emoji(kind)
+        others = sorted(set(range(len(data))) - set(chosen)) or chosen
+        results[kind] = scores(painted, data.images(chosen), attributes, captions, others=data.images(others),
+                               judge=judge, critic=critic, train=train)
     results["variety"] = variety(paint_all(paint, unstyled(), folder / "variety", restart=SEEDS), judge)
     return results
 
