@@ -39,6 +39,7 @@ from diffusionbook.unet import UNet, UNetConfig
 WITHOUT_STYLE = 0.2  # captions that leave the style out, so that "pizza" alone gives varied pictures
 WITHOUT_CAPTION = 0.1  # empty captions: classifier-free guidance needs to know what no caption looks like
 VIEWS = 8  # how often each picture is encoded: as it is, and moved and scaled a little
+DROPOUT = 0.15
 SCHEDULE = NoiseSchedule.cosine()
 
 
@@ -105,8 +106,7 @@ def recorded(unet: UNet, batch: int) -> Callable:
     return lambda x, t, *, context: graphs(x, t, context)
 
 
-def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path, dropout: float = 0.15,
-         limit: int | None = None) -> None:
+def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path, limit: int | None = None) -> None:
     data = emoji("train")
     vae = VAE.from_pretrained(SHIPPED / "vae").to(device)
     clip = CLIP.from_pretrained(SHIPPED / "clip").to(device)
@@ -125,8 +125,7 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
     unseen = {split: StackDataset(x0=x0, rows=rows) for split, (x0, rows) in unseen.items()}
 
     torch.manual_seed(0)
-    config = replace(UNetConfig.preset("emoji-latent"), dropout=dropout)
-    unet = UNet(config).to(device)
+    unet = UNet(replace(UNetConfig.preset("emoji-latent"), dropout=DROPOUT)).to(device)
     network = recorded(unet, batch)
 
     def loss(_, batch: dict, generator: torch.Generator) -> torch.Tensor:
