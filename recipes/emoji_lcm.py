@@ -1,11 +1,10 @@
 """Distil the miniature Stable Diffusion into one that paints in four steps: a latent consistency model, as a LoRA.
 
-    python recipes/emoji_lcm.py [--folder runs/emoji_lcm] [--steps 2400] [--batch 32] [--device cuda] [--start FILE]
+    python recipes/emoji_lcm.py [--folder runs/emoji_lcm] [--steps 2400] [--batch 32] [--device cuda]
 
 Needs the pipeline of recipes/emoji_stable_diffusion.py. Resumable: the same command goes on where it stopped. At the
 end the LoRA goes to diffusionbook/weights/emoji/lcm (or to `--ship`), and the distance of its pictures in four steps
-from the teacher's in twenty is printed. Use it with sampler="lcm", spacing="lcm" and guidance=1. `--start` is a LoRA
-to begin with, such as that of the same network before it was trained on.
+from the teacher's in twenty is printed. Use it with sampler="lcm", spacing="lcm" and guidance=1.
 (Luo et al. 2023, section 4; the target network is the student itself, after Song and Dhariwal 2024.)
 """
 
@@ -28,8 +27,7 @@ RANK = 4
 STOPS = 50  # the times between which the student must agree with itself
 
 
-def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path, limit: int | None = None,
-         start: Path | None = None) -> None:
+def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path, limit: int | None = None) -> None:
     painter = StableDiffusion.from_pretrained(SHIPPED).to(device)
     painter.unet.requires_grad_(False)
     data, schedule, unseen = emoji("train"), painter.schedule, emoji("validation").captions[:limit or 64]
@@ -38,7 +36,7 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
     pictures = StackDataset(x0=latents, ids=painter.tokenizer(captions))
     empty = painter.encode_text([""])
     torch.manual_seed(0)
-    lora = painter.load_lora(start) if start else LoRA(painter, rank=RANK, targets=CHANGED).attach()
+    lora = LoRA(painter, rank=RANK, targets=CHANGED).attach()
     stride = schedule.steps // STOPS
 
     def loss(lora: LoRA, batch: dict, generator: torch.Generator) -> torch.Tensor:
@@ -80,4 +78,4 @@ def main(folder: Path, steps: int, batch: int, device: torch.device, ship: Path,
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=2400, batch=32, trial=True, start=True))
+    main(**options(__file__, __doc__, steps=2400, batch=32, trial=True))

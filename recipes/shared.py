@@ -13,12 +13,10 @@ UNSEEN = ("validation", "object_style", "tone_style")
 SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
-def options(recipe: str, doc: str, *, steps: int, batch: int | None = None, trial: bool = False,
-            start: bool = False) -> dict:
+def options(recipe: str, doc: str, *, steps: int, batch: int | None = None, trial: bool = False) -> dict:
     """Read the command line of a recipe, by its file: what `main` wants by name.
 
-    With a `batch` the recipe also takes that; with `trial` a device, and a limit on the number of pictures; with
-    `start` where to begin.
+    With a `batch` the recipe also takes that; with `trial` a device, and a limit on the number of pictures.
     """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs") / Path(recipe).stem, help="log and state")
@@ -29,8 +27,6 @@ def options(recipe: str, doc: str, *, steps: int, batch: int | None = None, tria
     if trial:
         parser.add_argument("--device", type=torch.device, default=pick_device())
         parser.add_argument("--limit", type=int, help="use only so many pictures, to try the recipe out")
-    if start:
-        parser.add_argument("--start", type=Path, help="trained weights to begin with")
     return vars(parser.parse_args())
 
 
