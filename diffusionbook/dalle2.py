@@ -201,6 +201,11 @@ UPSAMPLING = {
 }
 
 
+def _check_negative(negative: str, guidance: float) -> None:
+    if negative and guidance == 1:
+        raise ValueError("negative works through guidance, which 1 turns off; give more, or no negative")
+
+
 class DallE2:
     """Text to image by way of an image embedding: prior, decoder, upsampler (Ramesh et al. 2022).
 
@@ -244,30 +249,33 @@ class DallE2:
 
     # From words to a picture
 
-    def __call__(self, prompt: str | list[str], *, n: int = 1, steps: int = 25, prior_steps: int = 25,
-                 guidance: float = 4.0, prior_guidance: float = 4.0, candidates: int = 2, sampler: str = "ddpm",
-                 seed: int = 0, output: str = "pil", progress: bool = True) -> list[Image.Image] | Tensor:
+    def __call__(self, prompt: str | list[str], *, negative: str = "", n: int = 1, steps: int = 25,
+                 prior_steps: int = 25, guidance: float = 4.0, prior_guidance: float = 4.0, candidates: int = 2,
+                 sampler: str = "ddpm", seed: int = 0, output: str = "pil", progress: bool = True,
+                 on_step=None) -> list[Image.Image] | Tensor:
         """Paint `n` pictures for a caption, or for each of a list of captions.
 
         The prior draws an image embedding in `prior_steps`, the best of `candidates`; the decoder paints it in `steps`.
-        Guidance of either says how closely to follow what it is told (Karlo's decoder: 8). Picture number i is drawn
-        from noise with seed `seed + i`. Returns PIL pictures, or with `output="tensor"` a tensor (B, 3, H, W) in
-        [-1, 1]. Raises `ValueError` for impossible wishes.
+        Guidance of either says how closely to follow what it is told (Karlo's decoder: 8), `negative` what both keep
+        away from. Picture number i is drawn from noise with seed `seed + i`. `on_step(i, x, prediction)` sees every
+        step of the decoder. Returns PIL pictures, or with `output="tensor"` a tensor (B, 3, H, W) in [-1, 1].
+        Raises `ValueError` for impossible wishes.
         """
         check_output(output)
         captions = repeat_captions(prompt, n)
-        embedding = self.imagine(captions, steps=prior_steps, guidance=prior_guidance, candidates=candidates,
-                                 sampler=sampler, seed=seed, progress=progress)
-        return self.paint(embedding, captions, steps=steps, guidance=guidance, sampler=sampler, seed=seed,
-                          output=output, progress=progress)
+        embedding = self.imagine(captions, negative=negative, steps=prior_steps, guidance=prior_guidance,
+                                 candidates=candidates, sampler=sampler, seed=seed, progress=progress)
+        return self.paint(embedding, captions, negative=negative, steps=steps, guidance=guidance, sampler=sampler,
+                          seed=seed, output=output, progress=progress, on_step=on_step)
 
-    def imagine(self, captions: list[str], *, steps: int = 25, guidance: float = 4.0, candidates: int = 2,
-                sampler: str = "ddpm", seed: int = 0, progress: bool = False) -> Tensor:
+    def imagine(self, captions: list[str], *, negative: str = "", steps: int = 25, guidance: float = 4.0,
+                candidates: int = 2, sampler: str = "ddpm", seed: int = 0, progress: bool = False) -> Tensor:
         """CLIP image embeddings (B, D) that the prior draws for captions, each the best of at most 4 `candidates`."""
+        _check_negative(negative, guidance)
         if candidates > DECODER // FAR:
             raise ValueError(f"at most {DECODER // FAR} candidates, got {candidates}: the noise of the next would "
                              "begin with the same numbers as the decoder's")
-        return sample_embedding(self.prior.network, self.read(captions), self.read([""]), guidance=guidance,
+        return sample_embedding(self.prior.network, self.read(captions), self.read([negative]), guidance=guidance,
                                 schedule=self.prior.schedule, steps=steps, sampler=sampler, candidates=candidates,
                                 limit=self.limit, seed=seed, progress=progress)
 
@@ -276,9 +284,9 @@ class DallE2:
         return text_condition(self.text_encoder, self.tokenizer, captions)
 
     @torch.no_grad()
-    def paint(self, embedding: Tensor | None, captions: list[str], *, steps: int = 25, guidance: float = 4.0,
-              sampler: str = "ddpm", seed: int = 0, latents: Tensor | None = None, output: str = "tensor",
-              progress: bool = False, **options) -> list[Image.Image] | Tensor:
+    def paint(self, embedding: Tensor | None, captions: list[str], *, negative: str = "", steps: int = 25,
+              guidance: float = 4.0, sampler: str = "ddpm", seed: int = 0, latents: Tensor | None = None,
+              output: str = "tensor", progress: bool = False, **options) -> list[Image.Image] | Tensor:
         """Pictures for image embeddings (B, D) and captions: decoder, then upsampler.
 
         Without an embedding the decoder goes by the caption alone, as GLIDE does. `latents` (B, 3, h, w) stand for
@@ -286,16 +294,19 @@ class DallE2:
         """
         check_output(output)
         side = self.decoder.network.config.sample_size
-        small = sample(self.denoiser(embedding, captions, guidance=guidance), (len(captions), 3, side, side),
-                       sampler=sampler, steps=steps, spacing="linspace", seed=seed + DECODER, latents=latents,
-                       dtype=self._dtype, device=self._device, progress=progress, **options).clamp(-1, 1)
+        denoise = self.denoiser(embedding, captions, negative=negative, guidance=guidance)
+        small = sample(denoise, (len(captions), 3, side, side), sampler=sampler, steps=steps, spacing="linspace",
+                       seed=seed + DECODER, latents=latents, dtype=self._dtype, device=self._device, progress=progress,
+                       **options).clamp(-1, 1)
         images = (small if self.upsampler is None else self.enlarge(small, seed=seed, progress=progress)).float()
         return to_pil(images) if output == "pil" else images
 
-    def denoiser(self, embedding: Tensor | None, captions: list[str], *, guidance: float = 4.0) -> Wrapped:
-        """The decoder, told image embeddings (B, D) and captions, guided away from being told nothing."""
+    def denoiser(self, embedding: Tensor | None, captions: list[str], *, negative: str = "",
+                 guidance: float = 4.0) -> Wrapped:
+        """The decoder, told image embeddings (B, D) and captions, guided away from `negative` and no embedding."""
+        _check_negative(negative, guidance)
         told = self._told(embedding, captions)
-        guided = classifier_free(replace(self.decoder, condition=told), self._told(None, [""] * len(captions)),
+        guided = classifier_free(replace(self.decoder, condition=told), self._told(None, [negative] * len(captions)),
                                  scale=guidance)
         return clamped(guided, limit=1.0)
 

@@ -414,7 +414,10 @@ def sample(denoise: Denoiser, shape: tuple[int, ...], *, sampler: str = "dpmpp_2
         raise ValueError(f"{sampler} has no option {', '.join(sorted(unknown))}; it has {', '.join(known) or 'none'}")
     if min(shape) < 1:
         raise ValueError(f"shape must be (B, C, H, W), each at least 1, got {tuple(shape)}")
-    times = timesteps(denoise.schedule, steps, spacing=spacing) if times is None else _check_times(times)
+    asked, times = times, timesteps(denoise.schedule, steps, spacing=spacing) if times is None else _check_times(times)
+    if asked is not None and latents is None and (first := levels(denoise.schedule, times)[0]).lam > 0:
+        raise ValueError(f"at time {times[0]} there is more picture than noise ({first.alpha:.2f} of one and "
+                         f"{first.sigma:.2f} of the other); give latents, since noise alone is no such state")
     if latents is not None and tuple(latents.shape) != tuple(shape):
         raise ValueError(f"latents must have shape {tuple(shape)}, got {tuple(latents.shape)}")
     source = noise_source(seed)

@@ -390,9 +390,12 @@ class StableDiffusion:
         captions = self.captions(prompt, n)
         denoise = self.denoiser(captions, negative=negative, guidance=guidance, rescale=rescale, clip_skip=clip_skip)
         shape = (len(captions), self.vae.config.latent_channels, *self.latent_size(size))
-        facts = {"negative": negative, "guidance": guidance} if metadata else None
-        return self.paint(denoise, shape, captions=captions, facts=facts, output=output, steps=steps, sampler=sampler,
-                          seed=seed, latents=latents, progress=progress, on_step=on_step, **options)
+        facts = {"negative": negative, "guidance": guidance}
+        facts |= {"rescale": rescale} if rescale is not None else {}
+        facts |= {"clip_skip": clip_skip} if clip_skip else {}
+        return self.paint(denoise, shape, captions=captions, facts=facts if metadata else None, output=output,
+                          steps=steps, sampler=sampler, seed=seed, latents=latents, progress=progress, on_step=on_step,
+                          **options)
 
     def captions(self, prompt: str | list[str] | Tensor, n: int = 1) -> list[str] | Tensor:
         """The captions of all pictures to paint, each of them `n` times in a row; raises `ValueError` for others."""

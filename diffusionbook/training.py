@@ -63,6 +63,7 @@ class DenoisingLoss:
     weight: Callable[[Tensor], Tensor] | None = None  # how much the error counts by SNR, such as `min_snr`
     drop: float = 0.0  # share of pictures told nothing; 0.1 is usual where classifier-free guidance will follow
     empty: Mapping | None = None  # what these are told instead, by name: {"embedding": 0} is class 0
+    limit: float | None = None  # how far x0 may reach; None: 1 with one or three channels, as in pictures, else 50
 
     def __post_init__(self):
         if self.prediction not in TARGETS or not 0 <= self.drop < 1:
@@ -82,8 +83,10 @@ class DenoisingLoss:
         if self.drop and (kept := told.keys() & {"context", "embedding", "mask"} - (self.empty or {}).keys()):
             raise ValueError(f"empty says nothing about {', '.join(sorted(kept))}, which pictures that are to be told "
                              "nothing would still hear; say what is told instead")
-        if x0.abs().amax() > 50:
-            raise ValueError(f"x0 reaches {x0.abs().amax():.0f}; bring pictures to [-1, 1], latents to deviation 1")
+        limit = self.limit or (1 if x0.ndim == 4 and x0.shape[1] in (1, 3) else 50)
+        if not (reach := x0.abs().amax()) <= 1.01 * limit:
+            raise ValueError(f"x0 reaches {reach:.3g}, and {limit:g} is allowed; bring pictures to [-1, 1], latents to "
+                             "deviation 1 (and say limit=50 for latents with as few channels as pictures)")
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         t = torch.randint(self.schedule.steps, (len(x0),), generator=generator).to(x0.device)
         dropped = (torch.rand(len(x0), generator=generator) < self.drop).to(x0.device)

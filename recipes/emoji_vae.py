@@ -24,7 +24,7 @@ from diffusionbook.training import has_bf16, train
 
 BATCH = 32
 #: Small networks for the comparison: numbers of a picture for each one kept → channels at 64, 32, 16, … pixels.
-RATIOS = {12: (16, 32, 32), 48: (16, 32, 32, 32), 192: (16, 32, 32, 32, 32)}
+RATIOS = {12: (16, 32, 32), 48: (16, 32, 32, 32), 192: (16, 32, 32, 32, 24)}
 KL_WEIGHT = 3e-6  # per latent number and relative to a loss per pixel: keeps the space smooth, costs little detail
 HOLD = 0.5  # how much a squared move of a latent number counts, beside the loss per pixel, with `--from`
 WEIGHTS = Path(__file__).parent.parent / "diffusionbook" / "weights"

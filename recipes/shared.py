@@ -13,10 +13,11 @@ UNSEEN = ("validation", "object_style", "tone_style")
 SHIPPED = Path(__file__).parent.parent / "diffusionbook" / "weights" / "emoji"
 
 
-def options(recipe: str, doc: str, *, steps: int, batch: int | None = None, trial: bool = False) -> dict:
+def options(recipe: str, doc: str, *, steps: int, batch: int | None = None, trial: bool = False, **flags: str) -> dict:
     """Read the command line of a recipe, by its file: what `main` wants by name.
 
-    With a `batch` the recipe also takes that; with `trial` a device, and a limit on the number of pictures.
+    With a `batch` the recipe also takes that; with `trial` a device, and a limit on the number of pictures; `flags`
+    can be switched on, and say what they do.
     """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs") / Path(recipe).stem, help="log and state")
@@ -27,6 +28,8 @@ def options(recipe: str, doc: str, *, steps: int, batch: int | None = None, tria
     if trial:
         parser.add_argument("--device", type=torch.device, default=pick_device())
         parser.add_argument("--limit", type=int, help="use only so many pictures, to try the recipe out")
+    for name, meaning in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
     return vars(parser.parse_args())
 
 

@@ -23,7 +23,7 @@ from diffusionbook.dalle2 import (
 from diffusionbook.denoising import Condition, Denoiser
 from diffusionbook.glide import Glide
 from diffusionbook.prior import DiffusionPrior, PriorConfig
-from diffusionbook.samplers import sample
+from diffusionbook.samplers import sample, starting_noise
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.text import TextConfig, train_bpe
 from diffusionbook.unet import UNet, UNetConfig
@@ -175,6 +175,24 @@ def test_every_stage_matters(tiny):
         assert (tiny("pizza", **QUICK | change) - before).abs().mean() > 1e-4, change
 
 
+def test_negative_words_push_both_stages_away(tiny):
+    before, without = tiny("pizza", **QUICK), tiny("pizza", negative="red heart", **QUICK)
+    assert (without - before).abs().mean() > 1e-4
+    embedding = tiny.imagine(["pizza"], steps=3)
+    assert (tiny.imagine(["pizza"], negative="red heart", steps=3) - embedding).abs().mean() > 1e-4
+    x, parts = torch.randn(1, 3, 8, 8), [tiny.denoiser(embedding, ["pizza"], negative="red heart", guidance=2),
+                                         tiny.denoiser(embedding, ["pizza"], guidance=1),
+                                         tiny.denoiser(None, ["red heart"], guidance=1)]
+    guided, told, away = (part.denoise(x, 500).x0 for part in parts)  # before it is clamped
+    assert torch.allclose(guided, away + 2 * (told - away), atol=1e-4)
+
+
+def test_every_step_of_the_decoder_is_shown(tiny):
+    seen = []
+    tiny("pizza", **QUICK | {"steps": 4}, on_step=lambda i, x, answer: seen.append((i, tuple(x.shape))))
+    assert seen == [(i, (1, 3, 8, 8)) for i in range(4)]
+
+
 def test_without_the_prior(tiny):
     """The controls of the paper: the caption alone, and the text's embedding in place of a picture's."""
     captions = ["pizza", "red heart"]
@@ -215,8 +233,7 @@ def test_the_stages_draw_different_noise(tiny):
     seen = {}
     tiny.paint(None, ["pizza"], steps=2, on_step=lambda i, x, answer: seen.setdefault(i, x))
     assert seen.keys() == {0, 1}
-    noise = [sample(Denoiser(lambda x, t: torch.zeros_like(x), COSINE, "epsilon"), (1, 12), steps=1, seed=seed,
-                    times=[0, None], sampler="euler", progress=False) for seed in (0, 2**30, 2**31)]
+    noise = [starting_noise((1, 12), seed=seed) for seed in (0, 2**30, 2**31)]
     assert all((a - b).abs().mean() > 0.1 for a, b in zip(noise, noise[1:] + noise[:1], strict=True))
 
 
@@ -225,6 +242,8 @@ def test_the_stages_draw_different_noise(tiny):
     ({"prompt": "pizza", "output": "jpg"}, "output"), ({"prompt": "pizza", "steps": 0}, "steps"),
     ({"prompt": "pizza", "sampler": "magic"}, "no sampler"), ({"prompt": "pizza", "candidates": 0}, "candidate"),
     ({"prompt": "pizza", "candidates": 5}, "at most 4"),
+    ({"prompt": "pizza", "negative": "red", "guidance": 1.0}, "negative works through guidance"),
+    ({"prompt": "pizza", "negative": "red", "prior_guidance": 1.0}, "negative works through guidance"),
     ({"prompt": "pizza", "guidance": float("nan")}, "finite")])
 def test_impossible_wishes(tiny, wish, message):
     with pytest.raises(ValueError, match=message):

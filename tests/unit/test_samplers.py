@@ -746,6 +746,16 @@ def test_the_times_asked_for_are_used():
         assert seen == [640, 320.5]
 
 
+def test_times_that_begin_in_the_middle_need_a_state():
+    half, shape = 259, (1, 1, 2, 2)  # below this step of LINEAR there is more picture than noise
+    assert LINEAR.alpha_bar[half] < 0.5 < LINEAR.alpha_bar[half - 1]
+    with pytest.raises(ValueError, match=f"at time {half - 1} there is more picture than noise .* give latents"):
+        sample(Gaussian(), shape, times=[half - 1, 0, None], progress=False)
+    sample(Gaussian(), shape, times=[half - 1, 0, None], latents=torch.zeros(shape), progress=False)
+    sample(Gaussian(), shape, times=[half, 0, None], progress=False)
+    sample(Gaussian(), shape, steps=1, spacing="leading", progress=False)  # a grid by its name may begin low
+
+
 def test_options_reach_the_sampler():
     wanted = last(ddim(Gaussian(), starting_noise((1, 1, 2, 2)), timesteps(LINEAR, 4), eta=0.5, noise=torch.zeros_like))
     found = sample(Gaussian(), (1, 1, 2, 2), sampler="ddim", steps=4, eta=0.5, noise=torch.zeros_like, progress=False)

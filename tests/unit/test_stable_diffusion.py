@@ -215,6 +215,8 @@ def test_a_saved_picture_says_how_it_was_made(tiny, tmp_path):
     assert told == {"software": "diffusionbook", "model": "", "caption": CAPTION, "negative": "pizza", "seed": "6",
                     "guidance": "4.0", "steps": "4", "sampler": "dpmpp_2m"}
     assert first.info["seed"] == "5"
+    (other,) = tiny(CAPTION, rescale=0.5, clip_skip=1, **FAST)
+    assert (other.info["rescale"], other.info["clip_skip"]) == ("0.5", "1")
     second.save(tmp_path / "picture.jpg")
     (plain,) = tiny(CAPTION, metadata=False, **FAST)
     plain.save(tmp_path / "plain.png")

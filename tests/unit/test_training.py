@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -540,8 +541,13 @@ def test_what_a_network_is_told_is_dropped_together():
 
 
 def test_pictures_that_are_not_scaled_are_refused():
-    with pytest.raises(ValueError, match=r"x0 reaches 255; bring pictures to \[-1, 1\]"):
-        DenoisingLoss(NoiseSchedule.linear())(Line(), torch.full((2, 2), 255.0), generator_for(0))
+    loss = DenoisingLoss(NoiseSchedule.linear())
+    for shape, value, reach in [((2, 2), 255.0, "255, and 50"), ((2, 3, 4, 4), 1.5, "1.5, and 1"),
+                                ((2, 1, 4, 4), -2.0, "2, and 1"), ((2, 4, 4, 4), math.nan, "nan, and 50")]:
+        with pytest.raises(ValueError, match=rf"x0 reaches {reach} is allowed; bring pictures to \[-1, 1\]"):
+            loss(Line(), torch.full(shape, value), generator_for(0))
+    latents = torch.full((2, 3, 4, 4), 1.5)  # three channels, as pictures have
+    assert replace(loss, limit=50)(lambda x, t: torch.zeros_like(x), latents, generator_for(0)).isfinite()
 
 
 def test_who_is_told_nothing_must_be_told_something_else():
