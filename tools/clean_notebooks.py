@@ -5,18 +5,22 @@
 
 Keeps the cell metadata `tags`, `mystnb` and `nbdev` and the notebook metadata `kernelspec`, `nbdev` and
 `accelerator`; drops the metadata of outputs; joins what was printed in pieces; numbers the cells that ran
-1..n; gives every cell an id.
+1..n; gives every cell an id; stores large figures with at most 256 colours.
 """
 import argparse
+import base64
+import io
 import json
 import sys
 from pathlib import Path
 
 import nbformat
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL_KEYS = {"tags", "mystnb", "nbdev"}
 NOTEBOOK_KEYS = {"kernelspec", "nbdev", "accelerator"}
+LARGE = 60_000  # bytes of a figure from which on it is stored with a palette
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -37,6 +41,18 @@ def joined(outputs):
                 continue
         result.append(output)
     return result
+
+
+def light(figure):
+    """Return a PNG figure in base64 with 256 colours at most, or as it is if it is small, a film or has a palette."""
+    if len(figure) * 3 / 4 <= LARGE:
+        return figure
+    picture = Image.open(io.BytesIO(base64.b64decode(figure)))
+    if picture.mode == "P" or getattr(picture, "n_frames", 1) > 1:
+        return figure
+    stored = io.BytesIO()
+    picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(stored, "PNG", optimize=True)
+    return base64.b64encode(stored.getvalue()).decode()
 
 
 def clean(text):
@@ -60,6 +76,8 @@ def clean(text):
                 output.metadata = nbformat.from_dict({})
             if "execution_count" in output:
                 output.execution_count = cell.execution_count
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = light("".join(output.data["image/png"]))
     return nbformat.writes(notebook).rstrip("\n") + "\n"
 
 

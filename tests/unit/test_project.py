@@ -1,5 +1,7 @@
 """The project as a whole: notebooks and modules agree, settings agree, and nothing has grown too large."""
 import ast
+import base64
+import io
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import clean_notebooks
 import compute_cards
+import numpy as np
 import pytest
 import repository
 import torch
@@ -21,6 +24,7 @@ from exported_code import modules
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from PIL import Image
 
 from diffusionbook.autoencoders import VAE, VAEConfig
 from diffusionbook.prior import DiffusionPrior, PriorConfig
@@ -229,6 +233,22 @@ def test_clean_notebooks_joins_what_was_printed_in_pieces():
     text = clean_notebooks.clean(json.dumps({"cells": [code], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     outputs = json.loads(text)["cells"][0]["outputs"]
     assert ["".join(output["text"]) for output in outputs] == ["a\nb\n", "c", "d"]
+
+
+def test_clean_notebooks_stores_large_figures_with_a_palette():
+    noise = np.random.default_rng(0).integers(0, 255, (2, 200, 200, 3), dtype=np.uint8)
+    flat = np.full((200, 200, 3), 200, np.uint8)
+    figures = []
+    for pictures in ([noise[0]], [flat], list(noise)):
+        file, frames = io.BytesIO(), [Image.fromarray(picture) for picture in pictures]
+        frames[0].save(file, "PNG", save_all=len(frames) > 1, append_images=frames[1:])
+        figures.append(base64.b64encode(file.getvalue()).decode())
+    large, small, film = map(clean_notebooks.light, figures)
+    assert (small, film) == (figures[1], figures[2]) and len(large) < len(figures[0]) / 2
+    assert clean_notebooks.light(large) == large
+    stored = Image.open(io.BytesIO(base64.b64decode(large)))
+    assert stored.mode == "P"
+    assert np.abs(np.asarray(stored.convert("RGB")).astype(int) - noise[0]).mean() < 20  # the worst case, pure noise
 
 
 # --- one setting for the repository ------------------------------------------------------------
