@@ -44,8 +44,9 @@ $(VENV)/.tests-are-installed: pyproject.toml constraints.txt | $(PY)
 # --- the book ----------------------------------------------------------------------------------
 book: $(VENV)/.book-is-installed
 	rm -rf _build
-	$(VENV)/bin/jupyter-book build . -W -n --keep-going
-	$(PY) tools/export_page.py _build/html/_static/paint/models
+	@# side by side: the pages, and the networks that page "Paint" runs
+	$(PY) tools/export_page.py _build/models & $(VENV)/bin/jupyter-book build . -W -n --keep-going && wait $$!
+	mv _build/models _build/html/_static/paint/models
 	@echo "The book is built. Open this file in a browser:"
 	@echo "$(CURDIR)/_build/html/index.html"
 
