@@ -9,6 +9,7 @@ __all__ = ['extract', 'fid', 'Estimate', 'kid', 'PrecisionRecall', 'nearest_neig
 # %% ../book/10_metrics.ipynb #9774177c
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -215,6 +216,7 @@ class JudgeConfig:
     styles: tuple[str, ...] = STYLES
     patch: int = 4  # pixels on a side that the first layer takes together: sixteen times fewer places to look at
     channels: tuple[int, ...] = (96, 192, 320)  # one block each, at 1/patch of the picture's width and down from there
+    strokes: tuple[int, ...] = (24, 48, 64)  # of the eye for the style: at the picture's width, 1/2 and 1/4 of it
 
     @classmethod
     def from_config(cls, config: dict) -> "JudgeConfig":
@@ -229,8 +231,9 @@ class JudgeConfig:
 class Judge(Model):
     """A classifier that says which emoji a picture (B, 3, 64, 64) in [-1, 1] shows: name, group, skin tone, style.
 
-    A stack of this book's residual blocks, pooled over all places; `features` gives what the four answers are read
-    from, which serves as the feature extractor of the scores. Defined in chapter 10.
+    A stack of this book's residual blocks, pooled over all places; `features` gives what the answers are read from,
+    which serves as the feature extractor of the scores. Only the style is read elsewhere: `style` looks at strokes.
+    Defined in chapter 10.
     """
 
     config_class = JudgeConfig
@@ -247,6 +250,12 @@ class Judge(Model):
         self.heads = nn.ModuleDict(
             {part: nn.Linear(widths[-1], len(answers)) for part, answers in self._answers().items()}
         )
+        first, *_, last = config.strokes
+        self.strokes = nn.Sequential(nn.Conv2d(3, first, 3, padding=1), nn.SiLU(), *(
+            nn.Sequential(nn.Conv2d(before, width, 3, stride, padding=1), group_norm(width, 8, 1e-5), nn.SiLU())
+            for old, width in pairwise(config.strokes) for before, stride in ((old, 2), (width, 1))
+        ))
+        self.manner = nn.Linear(3 * last, len(config.styles))
 
     def _answers(self) -> dict[str, tuple]:
         config = self.config
@@ -260,10 +269,19 @@ class Judge(Model):
             x = block(F.avg_pool2d(x, 2) if level else x)  # (B, channels[level], H/patch/2^level, …)
         return F.silu(self.norm(x)).mean((2, 3))  # (B, channels[-1])
 
+    def style(self, images: Tensor) -> Tensor:
+        """Logits of the styles, (B, styles), from a network that sees 21 pixels at a time and so no whole object."""
+        x = self.strokes(images).flatten(2)  # (B, strokes[-1], places)
+        return self.manner(torch.cat([x.mean(2), x.std(2), x.amax(2)], dim=1))
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits by question: "name" (B, names), "group", "tone" and "style"."""
+        """Logits by question: "name" (B, names), "group", "tone" and "style".
+
+        And "style at large", read from the features as the others are: to teach the features what a style is.
+        """
         seen = self.features(images)
-        return {part: head(seen) for part, head in self.heads.items()}
+        answers = {part: head(seen) for part, head in self.heads.items()}
+        return answers | {"style at large": answers["style"], "style": self.style(images)}
 
     def labels(self, attributes: list[dict]) -> dict[str, Tensor]:
         """The right answers for pictures with these attributes, as class numbers (B,) by question.

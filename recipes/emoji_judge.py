@@ -1,9 +1,11 @@
 """Train the judge on the emoji: which name, group, skin tone and style does a picture show?
 
     python recipes/emoji_judge.py [--folder runs/emoji_judge] [--steps 6000] [--batch 64]
+    python recipes/emoji_judge.py --strokes --folder runs/emoji_judge_strokes --steps 2400
 
 First on the training split alone, to measure it on pictures that it never saw. Then an eighth as long on all real
-pictures, because the judge of painted pictures should know every real one. Resumable: the same command goes on where it
+pictures, because the judge of painted pictures should know every real one. With `--strokes` the judge that ships keeps
+all but its eye for strokes, which learns anew in the same two stages. Resumable: the same command goes on where it
 stopped. At the end the weights go to diffusionbook/weights/emoji/judge.
 """
 
@@ -13,12 +15,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import UNSEEN, options, report_unseen
+from shared import SHIPPED, UNSEEN, options, report_unseen
 from torch.utils.data import StackDataset
 
 from diffusionbook.data import SPLITS, emoji, pick_device
 from diffusionbook.metrics import Judge, JudgeConfig
 from diffusionbook.training import balanced_weights, has_bf16, train
+
+STROKES = ("strokes.", "manner.")  # where the weights of the eye for strokes begin
 
 
 def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -52,7 +56,7 @@ def weighed(report: Callable[[list[int]], dict[str, float]], unseen: list[dict],
     return dict(total)
 
 
-def main(folder: Path, steps: int, batch: int, ship: Path) -> None:
+def main(folder: Path, steps: int, batch: int, ship: Path, strokes: bool) -> None:
     device = pick_device()
     splits = {split: emoji(split) for split in SPLITS}
     images = {split: data.images() for split, data in splits.items()}
@@ -62,12 +66,19 @@ def main(folder: Path, steps: int, batch: int, ship: Path) -> None:
                          tones=(None, *sorted(known["tone"] - {None})))
     torch.manual_seed(0)
     judge = Judge(config).to(device)
+    if strokes:
+        old = Judge.from_pretrained(SHIPPED / "judge").state_dict()
+        judge.load_state_dict({key: value if key.startswith(STROKES) else old[key]
+                               for key, value in judge.state_dict().items()})
+        for key, parameter in judge.named_parameters():
+            parameter.requires_grad_(key.startswith(STROKES))
 
     unseen = torch.cat([images[split] for split in UNSEEN]), [a for split in UNSEEN for a in attributes[split]]
+    asked = ("style",) if strokes else ("style", "group", "tone", "name", "name in 5")
 
-    def report(*names: str) -> dict[str, float]:
-        pictures = torch.cat([images[split] for split in names])
-        return judge.report(pictures, [a for split in names for a in attributes[split]])
+    def report(pictures: torch.Tensor, attributes: list[dict]) -> dict[str, float]:
+        found = judge.report(pictures, attributes)
+        return {part: found[part] for part in asked}
 
     def learn(names: tuple[str, ...], steps: int, lr: float, stage: str) -> None:
         described = [a for split in names for a in attributes[split]]
@@ -76,21 +87,23 @@ def main(folder: Path, steps: int, batch: int, ship: Path) -> None:
         def loss(judge: Judge, batch: dict, generator: torch.Generator):
             with torch.autocast(batch["images"].device.type, enabled=False):  # a grid is too fine for bfloat16
                 seen = vary(batch["images"], generator)
-            return sum(F.cross_entropy(logits.float(), batch[part], label_smoothing=0.1)
-                       for part, logits in judge(seen).items())
+            answers = {"style": judge.style(seen)} if strokes else judge(seen)
+            truth = batch | {"style at large": batch["style"]}
+            return sum(F.cross_entropy(logits.float(), truth[part], label_smoothing=0.1)
+                       for part, logits in answers.items())
 
         train(judge, data, loss, batch=batch, weights=balanced_weights([a["name"] for a in described]), steps=steps,
-              lr=lr, folder=folder / stage, ema=0.998, bf16=has_bf16(device), every=500, weight_decay=0.05,
-              evaluate=lambda: report(*UNSEEN)).swap(judge)
+              lr=lr, folder=folder / stage, ema=0.998, bf16=has_bf16(device), every=max(1, steps // 8),
+              weight_decay=0.05, evaluate=lambda: report(*unseen)).swap(judge)
 
     learn(("train",), steps, 2e-3 * (batch / 64) ** 0.5, "train")
-    report_unseen(report)
+    report_unseen(lambda split: report(images[split], attributes[split]))
     print("weighed like the data set:", weighed(
-        lambda index: judge.report(unseen[0][index], [unseen[1][i] for i in index]), unseen[1],
+        lambda index: report(unseen[0][index], [unseen[1][i] for i in index]), unseen[1],
         [a for part in attributes.values() for a in part]))
     learn(SPLITS, steps // 8, 5e-4 * (batch / 64) ** 0.5, "all")
     judge.eval().save_pretrained(ship / "judge", dtype=torch.float16)
 
 
 if __name__ == "__main__":
-    main(**options(__file__, __doc__, steps=6000, batch=64))
+    main(**options(__file__, __doc__, steps=6000, batch=64, strokes="learn the eye for strokes anew, keep the rest"))

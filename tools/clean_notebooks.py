@@ -51,7 +51,8 @@ def light(figure):
     if picture.mode == "P" or getattr(picture, "n_frames", 1) > 1:
         return figure
     stored = io.BytesIO()
-    picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(stored, "PNG", optimize=True)
+    colours = picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3)
+    colours.save(stored, "PNG", optimize=True)
     return base64.b64encode(stored.getvalue()).decode()
 
 
