@@ -200,7 +200,20 @@ def test_the_judge_runs_on_the_meta_device():
     with torch.device("meta"):
         answers = Judge(CONFIG)(torch.empty(2, 3, 64, 64))
     assert {part: tuple(a.shape) for part, a in answers.items()} == {
-        "name": (2, 3), "group": (2, 3), "tone": (2, 2), "style": (2, 3)}
+        "name": (2, 3), "group": (2, 3), "tone": (2, 2), "style": (2, 3), "style at large": (2, 3)}
+
+
+def test_the_eye_for_strokes_sees_21_pixels_at_a_time(judge):
+    images = cloud(1, 3, 64, 64).clamp(-1, 1).float()
+    assert torch.equal(judge.style(images), judge(images)["style"])
+    assert not torch.equal(judge.style(images), judge(images)["style at large"])
+    for block in judge.strokes.children():
+        if isinstance(block, torch.nn.Sequential):
+            block[1] = torch.nn.Identity()  # a group norm's mean and deviation are those of the whole picture
+    images.requires_grad_()
+    judge.strokes(images)[0, :, 8, 8].sum().backward()
+    seen = images.grad[0].abs().amax(0) > 0
+    assert seen.any(0).sum() == seen.any(1).sum() == 21 and seen[22:43, 22:43].all()
 
 
 def test_the_judge_says_what_it_does_not_know(judge):
