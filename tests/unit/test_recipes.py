@@ -80,3 +80,23 @@ def test_stable_diffusion(tmp_path, capsys):
     shipped = UNet.from_pretrained(tmp_path / "ship/unet").state_dict()
     assert all(torch.equal(tensor, shipped[name]) for name, tensor in painter.unet.state_dict().items())
     assert {path.name for path in (tmp_path / "ship").iterdir()} == {"unet", "scheduler"}
+
+
+def test_softened_draws_begin_without_noise_and_cool():
+    """The dVAE to compare with: the chances themselves in the first fifth, then draws, the last of them nearly hard."""
+    import emoji_dvae
+
+    from diffusionbook.dvae import DVAE, DVAEConfig
+
+    torch.manual_seed(0)
+    net = emoji_dvae.Softened(DVAE(DVAEConfig(codes=16, width=8, embedding=4, blocks=1, sample_size=64)), steps=10)
+    images, losses, seen = torch.rand(2, 3, 32, 32) * 2 - 1, [], []
+    for seed in (0, 1) * 5:
+        loss, told = net.loss(images, torch.Generator().manual_seed(seed))
+        losses.append(loss.item())
+        seen.append(told["temperature"])
+    assert losses[0] == losses[1] and losses[2] != losses[3], "chance should come in after the first fifth"
+    assert seen[:3] == [1, 1, 1] and all(a > b for a, b in zip(seen[2:], seen[3:], strict=False))
+    assert seen[-1] == pytest.approx(emoji_dvae.COLDEST, abs=0.05)
+    loss.backward()
+    assert net.model.encoder.blocks.input.w.grad.abs().max() > 0, "the gradient reaches the encoder"
