@@ -1,7 +1,7 @@
 """Train the judge on the emoji: which name, group, skin tone and style does a picture show?
 
     python recipes/emoji_judge.py [--folder runs/emoji_judge] [--steps 6000] [--batch 64]
-    python recipes/emoji_judge.py --strokes --folder runs/emoji_judge_strokes --steps 2400
+    python recipes/emoji_judge.py --strokes --folder runs/emoji_judge_strokes --steps 2000
 
 First on the training split alone, to measure it on pictures that it never saw. Then an eighth as long on all real
 pictures, because the judge of painted pictures should know every real one. With `--strokes` the judge that ships keeps
@@ -45,7 +45,7 @@ def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def weighed(report: Callable[[list[int]], dict[str, float]], unseen: list[dict], whole: list[dict]) -> dict[str, float]:
     """The report on unseen pictures, weighed so that each kind counts as often as it comes up in the whole data set.
 
-    A kind is a group, with a skin tone or without. Nearly all unseen pictures show objects, which are the hard ones,
+    A kind is a group, with a skin tone or without. Two thirds of the unseen pictures show objects, the hard ones,
     and half of all pictures show people with a skin tone.
     """
     kinds, often = ([(a["group"], a["tone"] is None) for a in part] for part in (unseen, whole))
