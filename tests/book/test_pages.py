@@ -14,7 +14,7 @@ from bs4 import BeautifulSoup
 from exported_code import modules, public_names
 
 MB = 1024**2
-# What axe-core (tests/data/axe.min.js.gz, MPL-2.0) calls a serious or critical barrier for people who use other senses.
+# What axe-core (tests/book/axe.min.js.gz, MPL-2.0) calls a serious or critical barrier for people who use other senses.
 AXE = """async () => (await axe.run(document, {resultTypes: ["violations"], preload: false})).violations
     .filter(v => ["serious", "critical"].includes(v.impact))
     .map(v => `${v.help}: ${v.nodes.slice(0, 3).map(n => n.html.slice(0, 200)).join(" ")}`)"""
@@ -196,7 +196,7 @@ def test_pages_look_right(root, book, browser, chapters, width, scheme):
         if scheme == "dark":
             assert set(seen["figures"]) <= {"rgb(255, 255, 255)"}, f"{name}: a figure without its white card"
         if width > 1000:
-            page.evaluate(gzip.decompress((root / "tests/data/axe.min.js.gz").read_bytes()).decode() + "; null")
+            page.evaluate(gzip.decompress((root / "tests/book/axe.min.js.gz").read_bytes()).decode() + "; null")
             barriers = page.evaluate(AXE)
             assert not barriers, f"{name}: {barriers}"
     page.close()
