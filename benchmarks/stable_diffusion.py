@@ -5,7 +5,7 @@
 The miniature is timed in turns, and medians are printed. `--full` also writes Stable Diffusion 1.5 with random weights
 to a temporary folder (2.2 or 4.3 GB) and lets each side load it and paint one picture in one step, in a process of its
 own, whose peak memory is read: on a CUDA device if there is one, else on the CPU, in float32 where that is faster than
-bfloat16.
+bfloat16. On a CUDA device both also paint whole pictures in turns, as they are and with compiled U-Nets.
 """
 
 import argparse
@@ -30,10 +30,12 @@ from diffusionbook.training import has_bf16
 CAPTION, STEPS = "red heart, noto style", 20
 
 
-def painter(side: str, folder, dtype: torch.dtype, memory: str | None, device: str):
-    """A function size → picture in tensor form, by us ("ours") or by diffusers ("theirs")."""
+def painter(side: str, folder, dtype: torch.dtype, memory: str | None, device: str, compiled: bool = False):
+    """A function steps, size → picture in tensor form, by us ("ours") or by diffusers ("theirs")."""
     if side == "ours":
         pipeline = StableDiffusion.from_pretrained(folder, dtype=dtype, memory=memory).to(device)
+        if compiled:
+            pipeline.unet.compile()
         return lambda steps, size=None: pipeline(CAPTION, steps=steps, sampler="ddim", size=size and (size, size),
                                                  output="tensor", progress=False)
     with warnings.catch_warnings():
@@ -47,6 +49,8 @@ def painter(side: str, folder, dtype: torch.dtype, memory: str | None, device: s
             pipeline.enable_sequential_cpu_offload()
     if memory is None or device == "cpu":
         pipeline.to(device)
+    if compiled:
+        pipeline.unet.compile()
     pipeline.set_progress_bar_config(disable=True)
     return lambda steps, size=None: pipeline(CAPTION, num_inference_steps=steps, guidance_scale=3.0, height=size or 64,
                                              width=size or 64, output_type="pt").images
@@ -85,7 +89,19 @@ def alone(side: str, folder: str, memory: str | None, size: int) -> None:
     print(json.dumps({"load_s": loaded, "load_gb": after_loading / 1e9, "peak_gb": peak() / 1e9}))
 
 
-def full(size: int) -> None:
+def pictures(folder: str, size: int, pairs: int) -> None:
+    """Seconds per whole picture at full size, in turns, eager and compiled."""
+    device = pick_device().type
+    for compiled in (False, True):
+        painters = [painter(side, folder, precision(), None, device, compiled) for side in ("ours", "theirs")]
+        paints = [partial(paint, STEPS, size) for paint in painters]
+        in_turns(paints, 2, cuda=device == "cuda")  # compilation, and the first of all is slower
+        ours, theirs = in_turns(paints, pairs, cuda=device == "cuda")
+        seconds = " | ".join(f"{statistics.median(own) / 1000:.2f}" for own in (ours, theirs))
+        print(f"| {'compiled' if compiled else 'eager'} | {seconds} | {ratio(ours, theirs):.2f} |", flush=True)
+
+
+def full(size: int, pairs: int) -> None:
     from diffusionbook.autoencoders import VAE, VAEConfig
     from diffusionbook.schedules import NoiseSchedule
     from diffusionbook.text import TextConfig, TextEncoder, clip_tokenizer
@@ -111,6 +127,9 @@ def full(size: int) -> None:
                 name = {"ours": "diffusionbook", "theirs": "diffusers"}[side] + (", low memory" if memory else "")
                 seconds, loaded, peak = (found[key] for key in ("load_s", "load_gb", "peak_gb"))
                 print(f"| {name} | {seconds:.1f} | {loaded:.2f} | {peak:.2f} |", flush=True)
+        if torch.cuda.is_available():
+            print(f"\n| seconds per picture, {STEPS} steps | diffusionbook | diffusers | ratio |\n|---|---|---|---|")
+            pictures(folder, size, pairs)
 
 
 if __name__ == "__main__":
@@ -126,4 +145,4 @@ if __name__ == "__main__":
     else:
         miniature(given.pairs)
         if given.full:
-            full(given.size)
+            full(given.size, given.pairs)

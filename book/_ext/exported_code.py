@@ -8,6 +8,7 @@ same notebooks, so that it can never forget a module.
 import ast
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from docutils import nodes
@@ -19,6 +20,7 @@ DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
 NAMES_MODULE = re.compile(r"^#\| (?:default_exp|export) (\w+)", re.MULTILINE)
 
 
+@cache
 def modules(book):
     """Map each exported module's name to its notebooks, in the order of the chapters.
 

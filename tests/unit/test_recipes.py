@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusionbook.clip import CLIP, zero_shot
+from diffusionbook.data import emoji
 from diffusionbook.editing import Controlled, ControlNet
 from diffusionbook.stable_diffusion import StableDiffusion
 from diffusionbook.unet import UNet
@@ -100,3 +102,29 @@ def test_softened_draws_begin_without_noise_and_cool():
     assert seen[-1] == pytest.approx(emoji_dvae.COLDEST, abs=0.05)
     loss.backward()
     assert net.model.encoder.blocks.input.w.grad.abs().max() > 0, "the gradient reaches the encoder"
+
+
+def test_a_question_is_scored_as_zero_shot_classification_does():
+    """What CLIP's picture tower learns by, when it looks closer, is the probability that chapter 14 gives a class."""
+    from emoji_clip import Question
+
+    clip = CLIP.from_pretrained("emoji")
+    classes = {"heart": ["red heart, noto style", "blue heart, 3d style"], "pizza": ["pizza, twemoji style"]}
+    pictures = emoji("validation").images(range(5))
+    question = Question(clip, classes, ["pizza", "heart", "heart", "pizza", "heart"])
+    index = torch.tensor([3, 0, 2, 1, 4])
+    with torch.no_grad():
+        loss = question.loss(clip.embed_images(pictures), index)
+    right = torch.tensor([1, 1, 0, 0, 0])  # the class of each picture: that of answer number `index`
+    wanted = -zero_shot(clip, pictures, classes).gather(1, right[:, None]).log().mean()
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_pictures_are_made_of_whole_blocks_of_all_four():
+    from emoji_clip import BLOCK, mix
+
+    four = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 3, 3, 64, 64) + torch.rand(1, 1, 3, 64, 64) / 2
+    mixed = mix(four, torch.Generator().manual_seed(0))
+    blocks = (mixed - four[0]).unfold(2, BLOCK, BLOCK).unfold(3, BLOCK, BLOCK).round()  # whose block it is
+    assert torch.equal(blocks, blocks[:, :1, :, :, :1, :1].expand_as(blocks))
+    assert set(blocks.flatten().tolist()) == {0, 1, 2, 3}
