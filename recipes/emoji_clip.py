@@ -1,7 +1,7 @@
 """Train the miniature CLIP on the emoji: a text and a vision transformer that put captions and pictures in one space.
 
     python recipes/emoji_clip.py [--folder runs/emoji_clip] [--steps 2800] [--batch 64] [--hard]
-    python recipes/emoji_clip.py --look --folder runs/emoji_clip_look --steps 1200
+    python recipes/emoji_clip.py --look --steps 1200
 
 First the tokenizer learns which letters go together in captions. Then most steps read only a part of each picture's
 patches, which costs a third (Li et al. 2023, "FLIP"); the last seventh reads them all. Resumable: the same command goes
@@ -158,6 +158,7 @@ def main(folder: Path, steps: int, batch: int, ship: Path, hard: bool, look: boo
     images = data.images().to(device)
     names = [a["name"] for a in data.attributes]
     if look:
+        folder = folder / "look"  # beside what the first training left, from which it must not go on
         clip = CLIP.from_pretrained(SHIPPED / "clip").float().to(device)
         clip.requires_grad_(False)
         for part in (clip.vision_model, clip.visual_projection):
