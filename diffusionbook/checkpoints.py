@@ -7,7 +7,7 @@ __all__ = ['OLD_DIFFUSERS', 'OLD_TRANSFORMERS', 'OPENAI_TEXT', 'GUIDED_DIFFUSION
            'is_finite', 'check_keys', 'rename', 'split_qkv', 'guided_diffusion_names', 'from_guided_diffusion',
            'to_guided_diffusion', 'latent_diffusion_vae_names', 'from_latent_diffusion_vae', 'to_latent_diffusion_vae',
            'write_atomically', 'all_or_nothing', 'sha256', 'verify', 'read_json', 'read_tensors', 'read_weights',
-           'locate', 'Model']
+           'locate', 'without_values', 'Model']
 
 # %% ../book/A_checkpoints.ipynb #ae9c4e27
 import difflib
@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 # %% ../book/A_checkpoints.ipynb #fdaa65c5
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -379,6 +380,23 @@ def locate(name_or_path, *subfolder: str) -> Path:
     return inner if inner.is_dir() else root
 
 
+class _Undrawn(TorchFunctionMode):
+    """No normal random numbers: tensors that would be filled with them stay as they are."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs or {})
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Networks that are made here lie on the `meta` device: shapes without values, to be loaded.
+
+    Defined in the appendix on checkpoints.
+    """
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
 class Model(nn.Module):
     """A network that is built from a config and goes to disk and back in the public layout.
 
@@ -411,7 +429,7 @@ class Model(nn.Module):
             config = cls.config_class.from_config(content)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / 'config.json'} is not the config of a {cls.__name__} ({error!r})") from error
-        with torch.device("meta"):
+        with without_values():
             model = cls(config)
         return model.load(read_weights(folder, cls.weights_name), dtype=dtype, where=str(folder)).eval()
 

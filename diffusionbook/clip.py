@@ -27,6 +27,7 @@ from diffusionbook.checkpoints import (
     read_weights,
     rename,
     verify,
+    without_values,
     write_atomically,
 )
 from .data import check_images, from_pil
@@ -206,7 +207,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = c = config
         self.embeddings = nn.Module()
-        self.embeddings.class_embedding = nn.Parameter(torch.randn(c.width) * c.width**-0.5)
+        self.embeddings.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.width), std=c.width**-0.5))
         self.embeddings.patch_embedding = nn.Conv2d(3, c.width, c.patch, stride=c.patch, bias=False)
         self.embeddings.position_embedding = nn.Embedding(1 + c.patches, c.width)
         self.pre_layrnorm = nn.LayerNorm(c.width, eps=c.norm_eps)  # the name has been misspelt since 2021
@@ -346,7 +347,7 @@ class CLIP(Model):
 
     def text_tower(self) -> TextEncoder:
         """The half that reads, with its projection, as a `TextEncoder` of its own that shares these weights."""
-        with torch.device("meta"):
+        with without_values():
             tower = TextEncoder(replace(self.config.text, projection=self.config.projection))
         state = self.text_model.state_dict() | {"text_projection.weight": self.text_projection.weight.detach()}
         tower.load_state_dict(state, assign=True)
@@ -423,7 +424,7 @@ class CLIP(Model):
                     key: colours[key] for key in ("image_mean", "image_std") if key in colours}
             config = CLIPConfig.from_config(config)
             state = read_weights(folder, cls.weights_name)
-        with torch.device("meta"):
+        with without_values():
             clip = cls(config)
         clip.load(state, dtype=dtype, where=str(path if path.is_file() else folder)).eval()
         if (folder / "vocab.json").exists() or (folder / "tokenizer.json").exists():
@@ -466,7 +467,8 @@ def retrieval(image_embeddings: Tensor, text_embeddings: Tensor, *, k: tuple[int
 def zero_shot(clip: CLIP, images, classes: dict[str, list[str]]) -> Tensor:
     """The probability (B, classes) of each class, described by one or more texts: no training on these classes.
 
-    Every text gets its share by the softmax of scaled cosine similarities, and a class the sum of its texts' shares.
+    Every text gets its share by the softmax of scaled cosine similarities, and a class the mean of its texts' shares:
+    it gains nothing by being described more often than others.
     images as for `CLIP.score`. Raises `ValueError` for a class without a list of texts. Defined in chapter 14.
     """
     if bare := [name for name, described in classes.items() if isinstance(described, str)]:
@@ -477,7 +479,8 @@ def zero_shot(clip: CLIP, images, classes: dict[str, list[str]]) -> Tensor:
     text = F.normalize(torch.cat([clip.embed_texts(texts[i:i + 256]) for i in range(0, len(texts), 256)]), dim=1)
     image = F.normalize(clip.embed_images(images), dim=1)
     shares = (clip.logit_scale.clamp(max=math.log(100)).exp() * image @ text.T).softmax(1)  # (B, texts)
-    return torch.stack([part.sum(1) for part in shares.split([len(t) for t in classes.values()], 1)], 1)
+    means = torch.stack([part.mean(1) for part in shares.split([len(t) for t in classes.values()], 1)], 1)
+    return means / means.sum(1, keepdim=True)
 
 # %% ../book/14_clip.ipynb #8368405a
 class _GatherRows(torch.autograd.Function):

@@ -26,6 +26,7 @@ from diffusionbook.checkpoints import (
     read_json,
     read_tensors,
     read_weights,
+    without_values,
     write_atomically,
 )
 from .clip import CLIP, CLIPConfig, VisionConfig
@@ -528,7 +529,7 @@ def _read_clip(folder: Path, dtype: torch.dtype) -> dict:
 def _join(text_encoder: TextEncoder, folder: Path, dtype: torch.dtype) -> CLIP:
     """A CLIP from its two halves, as the public folders keep them."""
     config, projection = VisionConfig.from_config(read_json(folder / "config.json")), text_encoder.config.projection
-    with torch.device("meta"):
+    with without_values():
         clip = CLIP(CLIPConfig(replace(text_encoder.config, projection=None), config, projection))
     text = {key if key.startswith("text_projection.") else f"text_model.{key}": tensor
             for key, tensor in text_encoder.state_dict().items()}
@@ -578,7 +579,7 @@ def _read_karlo(folder: Path, dtype: torch.dtype) -> dict:
         raise ValueError(f"{found['ViT-L-14_stats']} is damaged, or doesn't hold the mean and the deviation of CLIP's "
                          "embeddings; download it again") from error
     prior, decoder, upsamplers = (read_tensors(path) for path in list(found.values())[:3])
-    with torch.device("meta"):
+    with without_values():
         networks = (DiffusionPrior(PriorConfig.preset("karlo")), TextProjection(TextProjectionConfig.preset("karlo")),
                     *(UNet(UNetConfig.preset(f"dalle2-{part}")) for part in ("decoder", "upsampler", "upsampler")))
     return karlo_parts(networks, prior=prior | {"clip_mean": mean.view(1, -1), "clip_std": std.view(1, -1)},

@@ -139,7 +139,7 @@ class Convolution(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
         spread = (in_channels * kernel**2) ** -0.5
-        self.w = nn.Parameter(spread * torch.randn(out_channels, in_channels, kernel, kernel))
+        self.w = nn.Parameter(nn.init.normal_(torch.empty(out_channels, in_channels, kernel, kernel), std=spread))
         self.b = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ class Encoder(nn.Module):
         groups = _groups([widths[0], *widths], config, kernels=(3, 3, 3, 1), between={"pool": nn.MaxPool2d(2)})
         output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Convolution(widths[-1], channels, 1)))
         self.blocks = nn.Sequential(OrderedDict(input=Convolution(3, widths[0], 7), **groups, output=output))
-        with torch.no_grad():  # a grey picture begins as 0, so that what differs is heard
-            self.blocks.input.b.copy_(-0.5 * self.blocks.input.w.sum((1, 2, 3)))
+        if not self.blocks.input.w.is_meta:  # a grey picture begins as 0, so that what differs is heard
+            self.blocks.input.b.data.copy_(-0.5 * self.blocks.input.w.data.sum((1, 2, 3)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)

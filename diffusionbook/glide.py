@@ -155,8 +155,8 @@ class GlideText(Model):
         super().__init__(config)
         c = config
         self.token_embedding = nn.Embedding(c.vocab_size, c.width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.context_length, c.width))
-        self.padding_embedding = nn.Parameter(0.01 * torch.randn(c.context_length, c.width))
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.context_length, c.width), std=0.01))
+        self.padding_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.context_length, c.width), std=0.01))
         self.blocks = nn.ModuleList(
             TransformerBlock(c.width, c.heads, 4 * c.width, activation="gelu", causal=False) for _ in range(c.layers)
         )

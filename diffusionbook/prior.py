@@ -122,8 +122,8 @@ class DiffusionPrior(Model):
         self.embedding_proj = nn.Linear(size, width)  # for the text embedding
         self.time_embedding = TimeEmbedding(width, width)
         self.proj_in = nn.Linear(size, width)  # for the noised image embedding
-        self.prd_embedding = nn.Parameter(0.01 * torch.randn(1, 1, width))  # the query
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(1, config.words + 4, width))
+        self.prd_embedding = nn.Parameter(nn.init.normal_(torch.empty(1, 1, width), std=0.01))  # the query
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1, config.words + 4, width), std=0.01))
         self.transformer_blocks = nn.ModuleList(PriorBlock(width, heads=config.heads) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(width)
         self.proj_to_clip_embeddings = nn.Linear(width, size)

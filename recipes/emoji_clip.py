@@ -12,7 +12,7 @@ negatives), to see what that costs; nothing is shipped then.
 An object comes in two or three styles, and a tower that recognises it knows by heart in which. With `--look` the
 picture tower of the CLIP that ships learns to look closer, while the text tower stays as it is (Zhai et al. 2022,
 "LiT"), and with it all that reads its captions. Beside its caption each picture is asked for its group and its style,
-by the same sums over captions as in zero-shot classification; and once more for the style where it is mixed with
+by the shares of their captions, as in zero-shot classification; and once more for the style where it is mixed with
 pictures of other things in that style, block by block.
 """
 
@@ -84,7 +84,7 @@ def mix(four: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 class Question:
-    """Which of some classes does a picture show? Each has captions, whose shares add up as in `zero_shot`."""
+    """Which of some classes does a picture show? The shares of a class's captions add up, as do its pictures."""
 
     @torch.no_grad()
     def __init__(self, clip: CLIP, classes: dict[str, list[str]], answers: list[str]):

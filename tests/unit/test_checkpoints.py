@@ -3,6 +3,8 @@
 import json
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -189,6 +191,22 @@ def test_the_sums_are_those_of_sha256sum(saved):
     lines = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
     assert [name for _, name in lines] == ["config.json", WEIGHTS]
     assert all(sha256(folder / name) == digest for digest, name in lines)
+
+
+def test_loading_does_not_wait_for_the_compiler():
+    """PyTorch imports its compiler, for seconds, when numbers are drawn or multiplied on the `meta` device."""
+    done = subprocess.run([sys.executable, "-c", """if True:
+        import sys
+        from diffusionbook.dalle import DallE
+        from diffusionbook.dalle2 import DallE2
+        from diffusionbook.glide import Glide
+        from diffusionbook.stable_diffusion import StableDiffusion
+        before = "torch._dynamo" in sys.modules
+        for kind in (StableDiffusion, DallE, Glide, DallE2):
+            kind.from_pretrained("emoji")
+            assert before or "torch._dynamo" not in sys.modules, kind
+        """], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_training_what_was_loaded_leaves_its_file_alone(saved):

@@ -302,7 +302,10 @@ def test_zero_shot(clip, images):
     assert shares.shape == (3, 2)
     torch.testing.assert_close(shares.sum(1), torch.ones(3))
     alone = zero_shot(clip, images, {text: [text] for text in WORDS})
-    torch.testing.assert_close(shares, torch.stack([alone[:, 0], alone[:, 1:].sum(1)], 1))
+    means = torch.stack([alone[:, 0], alone[:, 1:].mean(1)], 1)
+    torch.testing.assert_close(shares, means / means.sum(1, keepdim=True))
+    twice = zero_shot(clip, images, {"heart": WORDS[:1], "other": WORDS[1:] * 2})  # more texts alone change nothing
+    torch.testing.assert_close(twice, shares)
     for classes in ({}, {"heart": []}):
         with pytest.raises(ValueError, match="at least one"):
             zero_shot(clip, images, classes)

@@ -104,20 +104,22 @@ def test_softened_draws_begin_without_noise_and_cool():
     assert net.model.encoder.blocks.input.w.grad.abs().max() > 0, "the gradient reaches the encoder"
 
 
-def test_a_question_is_scored_as_zero_shot_classification_does():
-    """What CLIP's picture tower learns by, when it looks closer, is the probability that chapter 14 gives a class."""
+def test_a_question_adds_up_the_shares_of_a_class():
+    """What CLIP's picture tower learns by, when it looks closer: the more captions, the more pictures has a class."""
     from emoji_clip import Question
 
     clip = CLIP.from_pretrained("emoji")
     classes = {"heart": ["red heart, noto style", "blue heart, 3d style"], "pizza": ["pizza, twemoji style"]}
+    captions = [caption for described in classes.values() for caption in described]
     pictures = emoji("validation").images(range(5))
     question = Question(clip, classes, ["pizza", "heart", "heart", "pizza", "heart"])
     index = torch.tensor([3, 0, 2, 1, 4])
     with torch.no_grad():
         loss = question.loss(clip.embed_images(pictures), index)
     right = torch.tensor([1, 1, 0, 0, 0])  # the class of each picture: that of answer number `index`
-    wanted = -zero_shot(clip, pictures, classes).gather(1, right[:, None]).log().mean()
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    alone = zero_shot(clip, pictures, {caption: [caption] for caption in captions})
+    shares = torch.stack([alone[:, :2].sum(1), alone[:, 2]], dim=1)
+    torch.testing.assert_close(loss, -shares.gather(1, right[:, None]).log().mean(), rtol=1e-5, atol=1e-5)
 
 
 def test_mixed_pictures_are_made_of_whole_blocks_of_all_four():
