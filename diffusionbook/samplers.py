@@ -519,7 +519,8 @@ def log_likelihood(denoise: Denoiser, x: Tensor, times: Times, *, probes: int | 
     """Natural logarithm of the density of x (B, C, H, W), at the noise of the lowest time: (B,).
 
     Carries x up the probability-flow equation (Heun in λ, two calls a step) and adds up how the volume around it
-    changes; `probes` and `seed` as in `jacobian_trace`, None for exact. The highest time must be next to pure noise.
+    changes; `probes` and `seed` as in `jacobian_trace`, None for exact. The highest time must be next to pure noise;
+    a final None, at which nothing is noisy and a density may be infinite, is left out.
     Raises `ValueError` for a denoiser without gradients and times that don't fall. (Chen et al. 2018; Song et al.
     2021b, appendix D.2.) Defined in chapter 09.
     """
