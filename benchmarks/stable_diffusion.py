@@ -30,14 +30,6 @@ from diffusionbook.training import has_bf16
 CAPTION, STEPS = "red heart, noto style", 20
 
 
-def their_pipeline():
-    """diffusers' class, imported when it is needed, and without the warnings of its parts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers import StableDiffusionPipeline
-    return StableDiffusionPipeline
-
-
 def painter(side: str, folder, dtype: torch.dtype, memory: str | None, device: str, compiled: bool = False):
     """A function steps, size → picture in tensor form, by us ("ours") or by diffusers ("theirs")."""
     if side == "ours":
@@ -48,7 +40,9 @@ def painter(side: str, folder, dtype: torch.dtype, memory: str | None, device: s
                                                  output="tensor", progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline = their_pipeline().from_pretrained(folder, torch_dtype=dtype)
+        from diffusers import StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
     if memory == "low":
         pipeline.vae.enable_tiling()
         if device != "cpu":
@@ -85,7 +79,7 @@ def alone(side: str, folder: str, memory: str | None, size: int) -> None:
     """In a process of its own: load, paint one step, and print the seconds and the peak memory in GB."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if side == "theirs":
-        their_pipeline()  # ours is imported too, and imports aren't what is timed
+        from diffusers import StableDiffusionPipeline  # noqa: F401  (ours is imported too: no import is timed)
     began = time.perf_counter()
     paint = painter(side, folder, precision(), memory, device)
     loaded = time.perf_counter() - began

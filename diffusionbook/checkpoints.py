@@ -381,7 +381,7 @@ def locate(name_or_path, *subfolder: str) -> Path:
 
 
 class _Undrawn(TorchFunctionMode):
-    """No normal random numbers: tensors that would be filled with them stay as they are."""
+    """Nothing is drawn from a normal distribution: on the `meta` device PyTorch would import its compiler for that."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs or {})

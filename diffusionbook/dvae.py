@@ -189,8 +189,9 @@ class Encoder(nn.Module):
         groups = _groups([widths[0], *widths], config, kernels=(3, 3, 3, 1), between={"pool": nn.MaxPool2d(2)})
         output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Convolution(widths[-1], channels, 1)))
         self.blocks = nn.Sequential(OrderedDict(input=Convolution(3, widths[0], 7), **groups, output=output))
-        if not self.blocks.input.w.is_meta:  # a grey picture begins as 0, so that what differs is heard
-            self.blocks.input.b.data.copy_(-0.5 * self.blocks.input.w.data.sum((1, 2, 3)))
+        weight, bias = self.blocks.input.w.data, self.blocks.input.b.data
+        if not weight.is_meta:  # where there are values, a grey picture begins as 0, so that what differs is heard
+            bias.copy_(-0.5 * weight.sum((1, 2, 3)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)

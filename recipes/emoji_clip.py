@@ -84,7 +84,7 @@ def mix(four: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 class Question:
-    """Which of some classes does a picture show? The shares of a class's captions add up, as do its pictures."""
+    """Which of some classes does a picture show? Shares of captions add up: more captions, more pictures."""
 
     @torch.no_grad()
     def __init__(self, clip: CLIP, classes: dict[str, list[str]], answers: list[str]):

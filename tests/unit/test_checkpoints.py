@@ -194,14 +194,15 @@ def test_the_sums_are_those_of_sha256sum(saved):
 
 
 def test_loading_does_not_wait_for_the_compiler():
-    """PyTorch imports its compiler, for seconds, when numbers are drawn or multiplied on the `meta` device."""
+    """PyTorch imports its compiler when numbers are drawn or multiplied on the `meta` device."""
     done = subprocess.run([sys.executable, "-c", """if True:
         import sys
+        import torch
+        before = "torch._dynamo" in sys.modules
         from diffusionbook.dalle import DallE
         from diffusionbook.dalle2 import DallE2
         from diffusionbook.glide import Glide
         from diffusionbook.stable_diffusion import StableDiffusion
-        before = "torch._dynamo" in sys.modules
         for kind in (StableDiffusion, DallE, Glide, DallE2):
             kind.from_pretrained("emoji")
             assert before or "torch._dynamo" not in sys.modules, kind

@@ -105,7 +105,7 @@ def test_softened_draws_begin_without_noise_and_cool():
 
 
 def test_a_question_adds_up_the_shares_of_a_class():
-    """What CLIP's picture tower learns by, when it looks closer: the more captions, the more pictures has a class."""
+    """What CLIP's picture tower learns by, when it looks closer: a class with more captions has more pictures."""
     from emoji_clip import Question
 
     clip = CLIP.from_pretrained("emoji")
