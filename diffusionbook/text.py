@@ -136,7 +136,7 @@ def _token_text(token: str | dict) -> str:
 def _without_merge(vocab: dict[str, int], merges: Iterable[Pair]) -> list[str]:
     """The symbols of more than one character that no merge makes, without special ones such as `<|endoftext|>`."""
     made = {"".join(pair) for pair in merges if len(pair) == 2}
-    return [symbol for symbol in vocab if len(symbol.removesuffix(END_OF_WORD)) > 1 and symbol not in made
+    return [symbol for symbol in vocab if symbol not in made and len(symbol.removesuffix(END_OF_WORD)) > 1
             and not regex.fullmatch(r"<.+>", symbol)]
 
 

@@ -1,6 +1,7 @@
 """The appendix on checkpoints: what fits is loaded exactly, and everything else is refused by name."""
 
 import json
+import math
 import pickle
 import re
 import subprocess
@@ -23,6 +24,7 @@ from diffusionbook.checkpoints import (
     check_keys,
     from_guided_diffusion,
     guided_diffusion_names,
+    is_finite,
     locate,
     read_json,
     read_tensors,
@@ -279,6 +281,15 @@ def test_another_shape_is_refused(saved):
     (without_sums(folder) / "config.json").write_text('{"width": 4}')
     with pytest.raises(ValueError, match=r"layer.weight has shape \(2, 3\), the config asks for \(2, 4\)"):
         Small.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_weights_whose_sum_is_not_are_finite(dtype):
+    largest = torch.full((8,), torch.finfo(dtype).max, dtype=dtype)
+    assert not largest.sum().isfinite() and is_finite(largest) and is_finite(-largest)
+    assert is_finite(largest[:0]) and is_finite(torch.arange(3)) and is_finite(torch.tensor([True]))
+    for bad in ([math.nan], [math.inf], [math.inf, -math.inf]):
+        assert not is_finite(torch.cat([largest, torch.tensor(bad, dtype=dtype), -largest]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
