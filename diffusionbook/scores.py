@@ -304,7 +304,8 @@ def _value_and_trace(f, x: Tensor, probes: int | None, seed: int) -> tuple[Tenso
         if probes is None:
             asked = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).unflatten(1, x.shape[1:])
         else:
-            asked = (torch.randint(0, 2, (probes, *x.shape), generator=g) * 2 - 1).to(x)
+            signs = torch.randint(0, 2, (len(x), probes, *x.shape[1:]), generator=g) * 2 - 1
+            asked = signs.transpose(0, 1).to(x)  # drawn sample by sample: the same in a larger batch
         total = 0
         for v in asked:
             (answer,) = torch.autograd.grad(y, x, v.expand_as(x), retain_graph=True, create_graph=keep)
