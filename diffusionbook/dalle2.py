@@ -30,7 +30,7 @@ from diffusionbook.checkpoints import (
     write_atomically,
 )
 from .clip import CLIP, CLIPConfig, VisionConfig
-from .data import check_images, check_output, from_pil, repeat_captions, to_pil
+from .data import check_images, check_negative, check_output, from_pil, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free
 from .glide import Glide, enlarge
 from .prior import FAR, DiffusionPrior, PriorConfig, clamped, sample_embedding, text_condition
@@ -202,11 +202,6 @@ UPSAMPLING = {
 }
 
 
-def _check_negative(negative: str, guidance: float) -> None:
-    if negative and guidance == 1:
-        raise ValueError("negative works through guidance, which 1 turns off; give more, or no negative")
-
-
 class DallE2:
     """Text to image by way of an image embedding: prior, decoder, upsampler (Ramesh et al. 2022).
 
@@ -272,7 +267,7 @@ class DallE2:
     def imagine(self, captions: list[str], *, negative: str = "", steps: int = 25, guidance: float = 4.0,
                 candidates: int = 2, sampler: str = "ddpm", seed: int = 0, progress: bool = False) -> Tensor:
         """CLIP image embeddings (B, D) that the prior draws for captions, each the best of at most 4 `candidates`."""
-        _check_negative(negative, guidance)
+        check_negative(negative, guidance)
         if candidates > DECODER // FAR:
             raise ValueError(f"at most {DECODER // FAR} candidates, got {candidates}: the noise of the next would "
                              "begin with the same numbers as the decoder's")
@@ -305,7 +300,7 @@ class DallE2:
     def denoiser(self, embedding: Tensor | None, captions: list[str], *, negative: str = "",
                  guidance: float = 4.0) -> Wrapped:
         """The decoder, told image embeddings (B, D) and captions, guided away from `negative` and no embedding."""
-        _check_negative(negative, guidance)
+        check_negative(negative, guidance)
         told = self._told(embedding, captions)
         guided = classifier_free(replace(self.decoder, condition=told), self._told(None, [negative] * len(captions)),
                                  scale=guidance)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'STYLES', 'TONES', 'pick_device', 'check_images', 'from_pil', 'to_pil', 'image_grid', 'Film', 'film',
-           'compose_caption', 'repeat_captions', 'check_output', 'EmojiDataset', 'emoji']
+           'compose_caption', 'repeat_captions', 'check_output', 'check_negative', 'EmojiDataset', 'emoji']
 
 # %% ../book/00_start_here.ipynb #ch00-22
 import difflib
@@ -185,6 +185,12 @@ def check_output(output: str) -> None:
     """Raise `ValueError` unless pictures are asked for as "pil" or as "tensor". Defined in chapter 00."""
     if output not in ("pil", "tensor"):
         raise ValueError(f'expected output "pil" or "tensor", got {output!r}')
+
+
+def check_negative(negative: str, guidance: float) -> None:
+    """Raise `ValueError` for words to keep away from where no guidance does it. Defined in chapter 00."""
+    if negative and guidance == 1:
+        raise ValueError("negative works through guidance, which 1 turns off; give more, or no negative")
 
 
 @lru_cache(maxsize=1)

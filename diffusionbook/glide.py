@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .checkpoints import Model, all_or_nothing, locate, read_json, read_tensors
 from .clip import VisionConfig, VisionEncoder
-from .data import check_images, check_output, from_pil, repeat_captions, to_pil
+from .data import check_images, check_negative, check_output, from_pil, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free, to_prediction
 from .layers import TimeEmbedding, sinusoid
 from .samplers import Times, dynamic_threshold, sample, starting_noise, timesteps
@@ -429,9 +429,8 @@ class Glide:
         """A guided `Denoiser` of the base for pictures (B, 3, h, w), one caption for each."""
         asked = replace(self.conditioner.condition(captions), concat=concat)
         denoise = replace(self.base, condition=asked)
+        check_negative(negative, guidance)
         if guidance == 1:
-            if negative:
-                raise ValueError("negative works through guidance, which 1 turns off; give more, or no negative")
             return denoise
         without = self.conditioner.condition([negative] * len(captions))
         return classifier_free(denoise, replace(without, concat=concat), scale=guidance)

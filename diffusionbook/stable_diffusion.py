@@ -25,7 +25,7 @@ from diffusionbook.checkpoints import (
     OPENAI_TEXT, all_or_nothing, from_latent_diffusion_vae, locate, read_json, read_tensors, rename, sha256, split_qkv,
 )
 from .clip import CLIP
-from .data import check_images, check_output, repeat_captions, to_pil
+from .data import check_images, check_negative, check_output, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Wrapped, classifier_free
 from .layers import Attention, attention_weights, split_heads
 from .samplers import rescaled_guidance, sample
@@ -359,9 +359,8 @@ class StableDiffusion:
         context = captions if isinstance(captions, Tensor) else self.encode_text(captions, clip_skip=clip_skip)
         denoise = Denoiser(network or self.unet, self.schedule, self.prediction,
                            Condition(context=context, concat=concat))
+        check_negative(negative, guidance)
         if guidance == 1:
-            if negative:
-                raise ValueError("negative works through guidance, which 1 turns off; give more, or no negative")
             return denoise
         nothing = self.encode_text([negative], clip_skip=clip_skip).expand(len(context), -1, -1)
         without = Condition(context=nothing, concat=concat)
