@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import io
 import os
 import sys
 import tempfile
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(given: argparse.Namespace) -> None:
     if not given.caption.strip():
         raise ValueError('the caption is empty; say what to paint, such as "red heart, noto style"')
+    if any("\ud800" <= letter <= "\udfff" for letter in given.caption):  # how Python keeps bytes that are no letters
+        raise ValueError("the caption holds bytes that are no text in UTF-8; type it in a terminal that speaks UTF-8")
     kind = _check_writable(given.out)
     from diffusionbook.checkpoints import write_atomically
     from diffusionbook.data import image_grid, pick_device
@@ -128,8 +131,10 @@ def _check_writable(path: Path) -> str:
     from PIL import Image
 
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"{path} doesn't end in a kind of picture; call it {path.stem}.png")
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=kind)
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} doesn't end in a kind of picture that can be saved; call it {path.stem}.png") from error
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -437,14 +437,15 @@ class Model(nn.Module):
             model = cls(config)
         return model.load(read_weights(folder, cls.weights_name), dtype=dtype, where=str(folder)).eval()
 
-    def load(self, state: dict, *, dtype: torch.dtype = torch.float32, where: str = "the weights") -> "Model":
+    def load(self, state: dict, *, dtype: torch.dtype | None = None, where: str = "the weights") -> "Model":
         """Put copies of the tensors of a state dict in place, after translating its dialect.
 
         They go where the network is; one on the `meta` device takes the tensors themselves, and lies where they do.
-        Raises `ValueError` on missing or unexpected keys, another shape, and values that aren't finite in `dtype`.
+        dtype: of the weights then, by default as it is. Raises `ValueError` on missing or unexpected keys, another
+        shape, and values that aren't finite in that type.
         """
         state, placed = rename(state, self.dialects), {}
-        own = self.state_dict()
+        own, dtype = self.state_dict(), dtype or self.dtype
         check_keys(own, state, where=where)
         for key, tensor in state.items():
             if tensor.shape != own[key].shape:
@@ -457,16 +458,20 @@ class Model(nn.Module):
             if not is_finite(placed[key]):
                 raise ValueError(f"{where}: {key} holds NaN or infinity as {dtype}; the file was damaged, training "
                                  "diverged, or the type is too narrow")
-        self.load_state_dict(placed, assign=True)
+        alike = all(tensor.dtype == own[key].dtype and not own[key].is_meta for key, tensor in placed.items())
+        self.load_state_dict(placed, assign=not alike)  # an optimizer keeps its hold of parameters that stay
         return self
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None, leave_out: Collection[str] = ()) -> None:
         """Write `config.json`, the weights (in `dtype`, by default their own) and `SHA256SUMS` into a folder.
 
         leave_out: names of tensors that are not to be stored. Raises `ValueError`, and writes nothing, where a weight
-        isn't finite in that type.
+        isn't finite in that type, and for a type of whole numbers.
         """
         folder = Path(folder)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"weights can't be stored as {dtype}, which rounds them to whole numbers; take a floating "
+                             "type")
         state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in self.state_dict().items()
                  if k not in leave_out}
         for key, tensor in state.items():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import Model, all_or_nothing, locate, rename
-from .data import check_images, check_output, from_pil, repeat_captions, to_pil
+from .data import check_images, check_output, check_seed, from_pil, repeat_captions, to_pil
 from .dvae import DVAE, gumbel_noise
 from .layers import split_heads
 from .text import Tokenizer, TransformerBlock
@@ -214,8 +214,7 @@ def sample_codes(transformer: DalleTransformer, ids: Tensor, *, start: Tensor | 
     Raises `ValueError` for a temperature that isn't positive and for other impossible wishes. Defined in chapter 16.
     """
     c, count = transformer.config, len(ids)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"the seed must lie in 0…2⁶³-1, got {seed}")
+    check_seed(seed)
     if not temperature > 0 or not math.isfinite(guidance):
         raise ValueError(f"temperature must be positive and guidance finite, got {temperature} and {guidance}; "
                          "for the likeliest code at each place take top_k=1")
@@ -321,7 +320,7 @@ class DallE:
         image: a PIL picture or a tensor (1, 3, H, W) in [-1, 1]. The other options are those of a call. Raises
         `ValueError` for a picture of another size or more rows than there are.
         """
-        image = from_pil(image) if isinstance(image, Image.Image) else image
+        image = image if isinstance(image, Tensor) else from_pil(image)
         check_output(output)
         captions, c = repeat_captions(prompt, n), self.transformer.config
         rows = c.grid // 2 if rows is None else rows

@@ -30,7 +30,7 @@ from diffusionbook.checkpoints import (
     write_atomically,
 )
 from .clip import CLIP, CLIPConfig, VisionConfig
-from .data import check_images, check_negative, check_output, from_pil, repeat_captions, to_pil
+from .data import check_images, check_negative, check_output, check_seed, from_pil, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free
 from .glide import Glide, enlarge
 from .prior import FAR, DiffusionPrior, PriorConfig, clamped, sample_embedding, text_condition
@@ -186,6 +186,13 @@ def last_step(denoise: Denoiser | Wrapped, finish: Denoiser | Wrapped, *, at: fl
 #: Where the seeds of decoder and upsampler begin: with the prior's own, their noise would begin with the same numbers.
 DECODER, UPSAMPLER = 4 * FAR, 8 * FAR
 
+
+def _seed_of(part: int, seed: int) -> int:
+    """The seed of a part for a picture's seed."""
+    check_seed(seed)
+    return (seed + part) % 2**63
+
+
 PARTS = {
     "decoder": ["diffusers", "UNet2DConditionModel"],
     "decoder_scheduler": ["diffusers", "UnCLIPScheduler"],
@@ -289,11 +296,12 @@ class DallE2:
         the decoder's noise; more options, such as `eta`, go to its sampler. Raises `ValueError` for impossible wishes.
         """
         check_output(output)
+        captions = repeat_captions(captions)
         side = self.decoder.network.config.sample_size
         denoise = self.denoiser(embedding, captions, negative=negative, guidance=guidance)
         small = sample(denoise, (len(captions), 3, side, side), sampler=sampler, steps=steps, spacing="linspace",
-                       seed=seed + DECODER, latents=latents, dtype=self._dtype, device=self._device, progress=progress,
-                       **options).clamp(-1, 1)
+                       seed=_seed_of(DECODER, seed), latents=latents, dtype=self._dtype, device=self._device,
+                       progress=progress, **options).clamp(-1, 1)
         images = (small if self.upsampler is None else self.enlarge(small, seed=seed, progress=progress)).float()
         return to_pil(images) if output == "pil" else images
 
@@ -327,8 +335,8 @@ class DallE2:
         if self.finisher is not None:
             finish = clamped(replace(denoise, network=self.finisher), limit=1.0)
             guess = last_step(guess, finish, at=times[-2])
-        return sample(guess, large.shape, sampler="ddpm", times=times, seed=seed + UPSAMPLER, dtype=self._dtype,
-                      device=self._device, progress=progress).clamp(-1, 1)
+        return sample(guess, large.shape, sampler="ddpm", times=times, seed=_seed_of(UPSAMPLER, seed),
+                      dtype=self._dtype, device=self._device, progress=progress).clamp(-1, 1)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -394,7 +402,7 @@ class DallE2:
         if seed is None:
             noise = slerp(x_a, x_b, weight)
         else:
-            noise = starting_noise(x_a[:1].shape, seed=seed + DECODER).to(x_a).expand(steps, -1, -1, -1)
+            noise = starting_noise(x_a[:1].shape, seed=_seed_of(DECODER, seed)).to(x_a).expand(steps, -1, -1, -1)
         return self._from_code(slerp(z_a, z_b, weight), noise, steps=decoder_steps, guidance=guidance, seed=seed or 0,
                                output=output, progress=progress)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'STYLES', 'TONES', 'pick_device', 'check_images', 'from_pil', 'to_pil', 'image_grid', 'Film', 'film',
-           'compose_caption', 'repeat_captions', 'check_output', 'check_negative', 'EmojiDataset', 'emoji']
+           'compose_caption', 'repeat_captions', 'check_seed', 'check_count', 'check_output', 'check_negative',
+           'EmojiDataset', 'emoji']
 
 # %% ../book/00_start_here.ipynb #ch00-22
 import difflib
@@ -143,13 +144,16 @@ class Film(bytes):
 def film(images, *, seconds: float = 3.0, scale: int = 1, colors: int = 32) -> Film:
     """Show pictures one after the other, over and over, with a rest on the last.
 
-    `images` and `scale` as in `image_grid`. `seconds`: from the first picture to the last. `colors`: in the palette
-    that all pictures share; fewer make a smaller file. Defined in chapter 00.
+    `images` and `scale` as in `image_grid`. `seconds`: each picture but the last is seen for its share of them, the
+    last for a second and a half. `colors`: in the palette that all pictures share; fewer make a smaller file. Raises
+    `ValueError` unless a share lies between a thousandth of a second and a minute. Defined in chapter 00.
     """
     pictures = to_pil(images) if isinstance(images, torch.Tensor) else list(images)
     strip = image_grid(pictures, columns=1, scale=scale, gap=0).quantize(colors, kmeans=3)
     height = strip.height // len(pictures)
     frames = [strip.crop((0, top, strip.width, top + height)) for top in range(0, strip.height, height)]
+    if not 0.001 <= seconds / len(frames) <= 60:
+        raise ValueError(f"{seconds} seconds can't be shared by {len(frames)} pictures: each needs from 0.001 to 60")
     rest = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [1500]  # milliseconds
     file = io.BytesIO()
     frames[0].save(file, "PNG", save_all=True, append_images=frames[1:], duration=rest, loop=0, optimize=True)
@@ -176,9 +180,20 @@ def repeat_captions(prompt: str | list[str], n: int = 1) -> list[str]:
     are_texts = isinstance(captions, list | tuple) and all(isinstance(caption, str) for caption in captions)
     if not are_texts or not captions:
         raise ValueError(f"the prompt must be a string or a list of strings, got {prompt!r}")
+    check_count(n)
+    return [caption for caption in captions for _ in range(n)]
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ValueError` unless a seed is a whole number in 0…2⁶³-1. Defined in chapter 00."""
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        raise ValueError(f"the seed must lie in 0…2⁶³-1 and be a whole number, got {seed!r}")
+
+
+def check_count(n: int) -> None:
+    """Raise `ValueError` unless a number of pictures is a whole one and at least 1. Defined in chapter 00."""
     if not isinstance(n, Integral) or n < 1:
         raise ValueError(f"n must be at least 1, a whole number, got {n}")
-    return [caption for caption in captions for _ in range(n)]
 
 
 def check_output(output: str) -> None:

@@ -67,7 +67,7 @@ def to_prediction(output: Tensor, x: Tensor, t, *, schedule: NoiseSchedule, pred
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}; from_pil brings pictures to [-1, 1]")
     output, mix = _split(output, x)
-    levels = schedule.levels(t)
+    levels = schedule.levels(t.double() if isinstance(t, Tensor) and x.dtype == torch.float64 else t)
     if prediction == "epsilon" and not levels[0].is_meta and (levels[0] == 0).any():
         raise ValueError('a network that predicts "epsilon" can\'t start where no signal is left; '
                          'train it to predict "v" or "flow", or begin at an earlier t')
@@ -101,6 +101,8 @@ def _split(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
 def _shaped(levels: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma, in a shape to multiply x, in float32 at least; a single one on the CPU fits any device."""
     dtype, shape = torch.promote_types(x.dtype, torch.float32), (-1, *[1] * (x.ndim - 1))
+    if levels[0].numel() not in (1, len(x)):
+        raise ValueError(f"t must be one number, or one per picture: got {levels[0].numel()} for {len(x)}")
     if levels[0].ndim == 0 and levels[0].device.type == "cpu":
         alpha, sigma = (level.to(dtype) for level in levels)
     else:
@@ -212,7 +214,8 @@ def diffusion_loss(network: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, *, 
     x = schedule.add_noise(x0, noise, t)
     output, mix = _split(_ask(network, x, t, condition), x)
     wanted = target(x0, noise, t, schedule=schedule, prediction=prediction)
-    loss = (output - wanted).float().square().flatten(1).mean(1)
+    error = output - wanted
+    loss = error.to(torch.promote_types(error.dtype, torch.float32)).square().flatten(1).mean(1)
     if weight is not None:
         natural = target_weight(t, schedule=schedule, prediction=prediction)
         snr = target_weight(t, schedule=schedule, prediction="epsilon")

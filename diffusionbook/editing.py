@@ -10,6 +10,7 @@ __all__ = ['ATTENTION', 'LORA_NAMES', 'as_images', 'img2img', 'as_mask', 'inpain
 
 # %% ../book/20_editing.ipynb #c048470c
 import difflib
+import inspect
 import json
 import re
 from contextlib import contextmanager
@@ -28,12 +29,21 @@ from skimage.feature import canny
 from torch import Tensor, nn
 from torch.utils.data import StackDataset
 
-from .checkpoints import Model, locate, read_json, read_tensors, read_weights, verify, write_atomically
+from diffusionbook.checkpoints import (
+    PICKLES,
+    Model,
+    locate,
+    read_json,
+    read_tensors,
+    read_weights,
+    verify,
+    write_atomically,
+)
 from .data import check_images, from_pil
 from .denoising import Prediction
 from .glide import keep_known
 from .layers import Attention, TimeEmbedding, attention_weights, sinusoid, split_heads
-from .samplers import ddim_invert, noise_source, timesteps
+from .samplers import SAMPLERS, ddim_invert, noise_source, timesteps
 from .stable_diffusion import StableDiffusion
 from .training import DenoisingLoss, train
 from .unet import DownLevel, MiddleLevel, UNet, UNetConfig
@@ -78,7 +88,8 @@ def img2img(pipeline: StableDiffusion, image, prompt, *, strength: float = 0.6, 
     clean = pipeline.encode(images)
     latents = pipeline.schedule.add_noise(clean, noise_source(seed)(clean), times[0])
     denoise = pipeline.denoiser(captions, negative=negative, guidance=guidance, **_of_denoiser(options))
-    facts = {"edit": f"img2img, strength {strength}", "steps": steps, "negative": negative, "guidance": guidance}
+    facts = {"edit": f"img2img, strength {strength}", "steps": steps, "spacing": spacing, "negative": negative,
+             "guidance": guidance}
     return pipeline.paint(denoise, latents.shape, captions=captions, facts=facts if metadata else None, times=times,
                           latents=latents, seed=seed, **options)
 
@@ -86,16 +97,20 @@ def img2img(pipeline: StableDiffusion, image, prompt, *, strength: float = 0.6, 
 def as_mask(mask, size: tuple[int, int]) -> Tensor:
     """A PIL picture or a tensor (H, W) or (B, 1, H, W) as zeros and ones (B, 1, H, W), float: 1 where to paint.
 
-    White (above a half) is to be painted. Raises `ValueError` for another size or type. Defined in chapter 20.
+    White (above a half) is to be painted. Raises `ValueError` for another size or type, and for a tensor whose values
+    don't lie in [0, 1]. Defined in chapter 20.
     """
     if isinstance(mask, Image.Image):
-        mask = torch.from_numpy(np.array(mask.convert("L"))) / 255
+        mask = (from_pil(mask).mean(1, keepdim=True) + 1) / 2
     if not isinstance(mask, Tensor):
         raise ValueError(f"the mask must be a PIL picture or a tensor, got {type(mask).__name__}")
     mask = mask[None, None] if mask.ndim == 2 else mask
     if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != tuple(size):
         raise ValueError(f"the mask must have the size of the picture, {tuple(size)}, got {tuple(mask.shape)}")
-    return (mask.float() > 0.5).float()
+    mask = mask.float()
+    if not ((mask >= 0) & (mask <= 1)).all():
+        raise ValueError("the values of a mask must lie in [0, 1] without NaN; divide by 255 where white is 255")
+    return (mask > 0.5).float()
 
 
 def inpaint(pipeline: StableDiffusion, image, mask, prompt, *, n: int = 1, negative: str = "", guidance: float = 3.0,
@@ -129,8 +144,8 @@ def invert(pipeline: StableDiffusion, image, prompt="", *, steps: int = 20, guid
     """The noise (B, C, h, w) from which the pipeline would paint a picture: its deterministic way, walked backwards.
 
     `pipeline(prompt, latents=invert(…), sampler="ddim", steps=…, guidance=…)` with the same numbers gives the picture
-    back; another caption edits it. `corrections` as in `ddim_invert`. (Song et al. 2021a, section 4.3.)
-    Defined in chapter 20.
+    back, as far as the VAE can; with much guidance the way back is lost. Another caption edits it. `corrections` as in
+    `ddim_invert`. (Song et al. 2021a, section 4.3.) Defined in chapter 20.
     """
     images, captions = _start(pipeline, image, prompt, 1)
     denoise = pipeline.denoiser(captions, guidance=guidance)
@@ -151,8 +166,20 @@ def matching_tokens(source: list[int], target: list[int]) -> tuple[list[int], li
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
+def _one_noise(sampler: str, seed: int, shape: tuple[int, ...]) -> tuple[Tensor, dict]:
+    """Noise to start with, the same for a whole batch of a shape, and the option that keeps fresh noise the same, too.
+
+    Each picture is then what it would be alone with that seed.
+    """
+    draw = noise_source(seed)
+    start = draw(torch.empty(1, *shape[1:])).expand(shape)
+    random = sampler in SAMPLERS and "noise" in inspect.signature(SAMPLERS[sampler]).parameters
+    return start, {"noise": lambda x: draw(x[:1]).expand_as(x)} if random else {}
+
+
 def edit_words(pipeline: StableDiffusion, source: str, target: str, *, share: float = 0.6, steps: int = 20,
-               seed: int = 0, **options) -> list[Image.Image] | Tensor:
+               sampler: str = "dpmpp_2m", size: tuple[int, int] | None = None, negative: str = "",
+               guidance: float = 3.0, seed: int = 0, metadata: bool = True, **options) -> list[Image.Image] | Tensor:
     """Paint the pictures of two captions from one noise; the second looks where the first looks, word for word.
 
     For the first `share` of the steps the attention that each word of `target` gets is that of its partner in
@@ -179,32 +206,42 @@ def edit_words(pipeline: StableDiffusion, source: str, target: str, *, share: fl
 
     hooks = [layer.register_forward_hook(look_there)
              for name, layer in pipeline.unet.named_modules() if name.endswith("attn2")]
+    shape = (2, pipeline.vae.config.latent_channels, *pipeline.latent_size(size))
+    start, fresh = _one_noise(sampler, seed, shape)
+    facts = {"edit": f"words, share {share}", "seed": seed, "negative": negative, "guidance": guidance}
     try:
-        shape = (1, pipeline.vae.config.latent_channels, *pipeline.latent_size(options.get("size")))
-        noise = noise_source(seed)(torch.empty(shape)).expand(2, -1, -1, -1)
-        return pipeline([source, target], latents=noise, steps=steps, seed=seed, on_step=count, **options)
+        denoise = pipeline.denoiser([source, target], negative=negative, guidance=guidance, **_of_denoiser(options))
+        return pipeline.paint(denoise, shape, captions=[source, target], facts=facts if metadata else None,
+                              steps=steps, sampler=sampler, seed=seed, latents=start, on_step=count, **fresh, **options)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def prompt_film(pipeline: StableDiffusion, captions: list[str], *, frames: int = 8, seed: int = 0,
-                **options) -> list[Image.Image] | Tensor:
+def prompt_film(pipeline: StableDiffusion, captions: list[str], *, frames: int = 8, sampler: str = "dpmpp_2m",
+                size: tuple[int, int] | None = None, negative: str = "", guidance: float = 3.0, clip_skip: int = 0,
+                seed: int = 0, metadata: bool = True, **options) -> list[Image.Image] | Tensor:
     """Pictures on the way from each caption to the next, `frames` a way, all from the same noise.
 
-    A random sampler, such as "ddpm", adds fresh noise to each, which makes a film flicker. The vectors of the captions
-    are mixed word by word. Raises `ValueError` for fewer than two captions or one frame.
-    Defined in chapter 20.
+    The vectors of the captions are mixed word by word. Options as in a call of the pipeline. Raises `ValueError` for
+    fewer than two captions or one frame. Defined in chapter 20.
     """
     if isinstance(captions, str) or len(captions) < 2 or frames < 1:
         raise ValueError(f"a film needs a list of two captions or more, and a frame on each way, got {captions!r} and "
                          f"frames={frames}")
-    stops = pipeline.encode_text(captions)
+    stops = pipeline.encode_text(captions, clip_skip=clip_skip)
     rows = [torch.lerp(a, b, i / frames) for a, b in zip(stops, stops[1:], strict=False) for i in range(frames)]
     context = torch.stack([*rows, stops[-1]])  # (frames · ways + 1, M, width)
-    shape = (1, pipeline.vae.config.latent_channels, *pipeline.latent_size(options.get("size")))
-    noise = noise_source(seed)(torch.empty(shape)).expand(len(context), -1, -1, -1)
-    return pipeline(context, latents=noise, seed=seed, **options)
+    told = [f"{a} ({i}/{frames} of the way to {b})" if i else a
+            for a, b in zip(captions, captions[1:], strict=False) for i in range(frames)] + captions[-1:]
+    shape = (len(context), pipeline.vae.config.latent_channels, *pipeline.latent_size(size))
+    start, fresh = _one_noise(sampler, seed, shape)
+    denoise = pipeline.denoiser(context, negative=negative, guidance=guidance, clip_skip=clip_skip,
+                                **_of_denoiser(options))
+    facts = {"seed": seed, "negative": negative, "guidance": guidance}
+    facts |= {"clip_skip": clip_skip} if clip_skip else {}
+    return pipeline.paint(denoise, shape, captions=told, facts=facts if metadata else None, sampler=sampler, seed=seed,
+                          latents=start, **fresh, **options)
 
 # %% ../book/20_editing.ipynb #407aa0b4
 #: The layers that a LoRA usually changes: all projections of the attentions of a U-Net.
@@ -304,8 +341,11 @@ class LoRA(nn.Module):
         """Write a safetensors file in the layout of diffusers and PEFT, which `load_lora` reads too.
 
         A folder gets the file `pytorch_lora_weights.safetensors`. Numbers are stored in `dtype`, by default their own.
+        Raises `ValueError`, and writes nothing, for NaN and for the ending of a pickle.
         """
         state, path = {}, lora_file(path)
+        if path.suffix in PICKLES:
+            raise ValueError(f"a LoRA is saved as safetensors; let the name end in .safetensors, not in {path.suffix}")
         for name in self.layers:
             addition = self.addition(name)
             state[f"{name}.lora_A.weight"] = addition.down.weight.detach().cpu().contiguous()
@@ -415,8 +455,8 @@ def train_lora(pipeline: StableDiffusion, images, captions: list[str], *, rank: 
     """Teach a pipeline a few pictures of your own: a LoRA for them, attached.
 
     images: PIL pictures of one size, or a tensor (B, 3, H, W) in [-1, 1]; captions: one for each, with a word that
-    means what they have in common. The pipeline's own weights stay as they are. Raises `ValueError` for another number
-    of captions than pictures. Defined in chapter 20.
+    means what they have in common; or one picture and all that can be said of it. The pipeline's own weights stay as
+    they are. Raises `ValueError` where captions and pictures don't go together. Defined in chapter 20.
     """
     images, captions = _start(pipeline, images, captions, 1)
     if pipeline.unet.dtype in (torch.float16, torch.bfloat16):
@@ -442,7 +482,7 @@ def train_lora(pipeline: StableDiffusion, images, captions: list[str], *, rank: 
 def add_word(pipeline: StableDiffusion, word: str, vector: Tensor) -> None:
     """Teach the pipeline's text encoder a word, one run of letters, whose vector (width,) is given.
 
-    A file of textual inversion holds such vectors by word. The word is not saved with the pipeline: keep the vector.
+    A file of textual inversion holds such vectors by word. A word that was added before gets the new vector.
     Raises `ValueError` for a vector of another width or with NaN. Defined in chapter 20.
     """
     encoder, table = pipeline.text_encoder, pipeline.text_encoder.embeddings["token_embedding"].weight.detach()
@@ -451,8 +491,10 @@ def add_word(pipeline: StableDiffusion, word: str, vector: Tensor) -> None:
                          "it was learned for another model")
     if not vector.isfinite().all():
         raise ValueError("the vector of a word holds NaN or infinity; its training diverged")
-    pipeline.tokenizer.add(word, len(table))
-    longer = torch.cat([table, vector[None].to(table)])
+    number = pipeline.tokenizer.added.get(word.lower(), len(table))
+    if number == len(table):
+        pipeline.tokenizer.add(word, number)
+    longer = torch.cat([table[:number], vector[None].to(table), table[number + 1:]])
     encoder.embeddings["token_embedding"] = nn.Embedding.from_pretrained(longer)
     encoder.config = replace(encoder.config, vocab_size=len(longer))
 
@@ -474,11 +516,12 @@ def learn_word(pipeline: StableDiffusion, images, word: str, *, caption: str = "
     if not ids or "{}" not in caption:
         raise ValueError(f"caption needs {{}} where the word goes, and like a word, got {caption!r} and {like!r}")
     latents = pipeline.encode(as_images(images))
-    table = encoder.embeddings["token_embedding"].weight.detach()
-    learned = _Word(table[ids].mean(0))
+    before = encoder.embeddings["token_embedding"], encoder.config
+    is_new = word.lower() not in pipeline.tokenizer.added
+    learned = _Word(before[0].weight.detach()[ids].mean(0))
     add_word(pipeline, word, learned.vector.detach())
     number = pipeline.tokenizer.added[word.lower()]
-    rows = pipeline.tokenizer([caption.format(word), ""]).to(pipeline.device)
+    rows = pipeline.tokenizer([caption.replace("{}", word), ""]).to(pipeline.device)
     loss = DenoisingLoss(pipeline.schedule, pipeline.prediction)
 
     def put_in(layer, args, output: Tensor) -> Tensor:
@@ -493,6 +536,11 @@ def learn_word(pipeline: StableDiffusion, images, word: str, *, caption: str = "
         with _frozen(encoder, pipeline.unet):
             train(learned, latents, told, steps=steps, lr=lr, batch=batch, warmup=10, ema=0.98, weight_decay=0.0,
                   seed=seed, progress=progress).swap(learned)
+    except BaseException:
+        encoder.embeddings["token_embedding"], encoder.config = before
+        if is_new:
+            pipeline.tokenizer.forget(word)  # what was half learned must not change the pipeline's pictures
+        raise
     finally:
         hook.remove()
     encoder.embeddings["token_embedding"].weight.data[number] = learned.vector.detach()
@@ -645,7 +693,7 @@ class Controlled(nn.Module):
     def __init__(self, unet: UNet, control: ControlNet, hint: Tensor, *, strength: float = 1.0):
         super().__init__()
         self.unet, self.control, self.strength = unet, control, strength
-        self.hint = control.controlnet_cond_embedding(hint.to(unet.device, unet.dtype))
+        self.hint = control.controlnet_cond_embedding(hint.to(control.device, control.dtype))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         unet = self.unet
@@ -681,6 +729,9 @@ def with_controlnet(pipeline: StableDiffusion, control: ControlNet):
     if different := [key for key in shape if ours[key] != theirs[key]]:
         raise ValueError(f"this ControlNet is for another U-Net: {different[0]} is {theirs[different[0]]} there and "
                          f"{ours[different[0]]} here")
+    if control.dtype != pipeline.unet.dtype:
+        raise ValueError(f"the ControlNet computes in {control.dtype} and the pipeline in {pipeline.unet.dtype}; load "
+                         "both with the same dtype")
 
     @torch.no_grad()
     def paint(prompt, hint, *, strength: float = 1.0, n: int = 1, negative: str = "", guidance: float = 3.0,

@@ -582,7 +582,8 @@ def _exchange(u: Tensor, strength: Tensor, number: Tensor) -> Tensor:
 def _flow(u: Tensor, t: float, h: Sequence[float], tensor_at: Callable, step: float = math.inf) -> Tensor:
     """Solve u_t = div(D grad u) for one picture (1, C, *space), finding D = tensor_at(u) anew after each `step`.
 
-    tensor_at: (1, C, *space) -> (d, d, *space), in physical units.
+    tensor_at: (1, C, *space) -> (d, d, *space), in physical units. Euler's steps are at least ten in all, since one of
+    the largest stable size is stable and wrong.
     """
     if len(h) not in (2, 3):
         raise ValueError(f"the image must have 2 or 3 axes of space, got {len(h)}; for colour and batches there are "
@@ -592,7 +593,7 @@ def _flow(u: Tensor, t: float, h: Sequence[float], tensor_at: Callable, step: fl
     updates = max(1, math.ceil(t / step * (1 - 1e-9)))
     for _ in range(updates):
         strength, number = _edges(tensor_at(u) / scale)
-        count = max(1, math.ceil(t / updates / _step_limit(strength, number)))
+        count = max(math.ceil(10 / updates), math.ceil(t / updates / _step_limit(strength, number)))
         channels = list(u.reshape(u.shape[1], -1))
         for _ in range(count):
             channels = [c + t / updates / count * _exchange(c, strength, number) for c in channels]

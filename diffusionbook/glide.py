@@ -463,7 +463,7 @@ class Glide:
         Raises `ValueError` for an image or a mask of another size, an image out of range and other impossible wishes.
         """
         side = (self.upsampler or self.base).network.config.sample_size
-        image = from_pil(image) if isinstance(image, Image.Image) else image
+        image = image if isinstance(image, Tensor) else from_pil(image)
         check_images(image)
         if image.shape != (1, 3, side, side):
             raise ValueError(f"the image must be one of {side}×{side} pixels, got {tuple(image.shape)}; resize it")

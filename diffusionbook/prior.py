@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoints import Model, rename
+from .data import check_seed
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free, to_prediction
 from .layers import Attention, TimeEmbedding, sinusoid
 from .samplers import sample
@@ -279,12 +280,14 @@ def sample_embedding(prior: DiffusionPrior, told: Condition, untold: Condition, 
     """
     if candidates < 1:
         raise ValueError(f"there must be at least one candidate to choose from, got {candidates}")
+    check_seed(seed)
     shape = told.embedding.shape
     untold = Condition(**{name: part.expand(len(told.embedding), *part.shape[1:])
                           for name, part in untold.parts().items()})
     denoise = classifier_free(Denoiser(prior, schedule, "x0", told), untold, scale=guidance)
     drawn = torch.stack([prior.restore(sample(
-        clamped(denoise, limit=limit), shape, sampler=sampler, steps=steps, spacing="linspace", seed=seed + FAR * i,
-        device=prior.device, dtype=prior.dtype, progress=progress)) for i in range(candidates)])  # (candidates, B, D)
+        clamped(denoise, limit=limit), shape, sampler=sampler, steps=steps, spacing="linspace",
+        seed=(seed + FAR * i) % 2**63, device=prior.device, dtype=prior.dtype, progress=progress))
+        for i in range(candidates)])  # (candidates, B, D)
     best = F.cosine_similarity(drawn, told.embedding, dim=-1).argmax(0)  # (B,)
     return drawn[best, torch.arange(shape[0], device=best.device)]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .data import check_seed
 from .denoising import Condition, Denoiser, Prediction, Wrapped, asked_twice, target, to_prediction
 from .schedules import NoiseSchedule
 from .scores import jacobian_trace
@@ -118,14 +119,14 @@ def noise_source(seed: int = 0) -> Noise:
     It draws on the CPU, so that a seed means the same noise on every device. Raises `ValueError` for a seed that isn't
     a whole number in 0…2⁶³-1. Defined in chapter 09.
     """
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
-        raise ValueError(f"the seed must lie in 0…2⁶³-1 and be a whole number, got {seed!r}")
+    check_seed(seed)
     generators: list[torch.Generator] = []
 
     def draw(x: Tensor) -> Tensor:
         while len(generators) < len(x):
             generators.append(torch.Generator().manual_seed(int(seed) + len(generators)))
-        rows = [torch.randn(x.shape[1:], generator=generator) for generator in generators[:len(x)]]
+        rows = [torch.randn(x.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
+                for generator in generators[:len(x)]]
         return torch.stack(rows).to(x)
 
     return draw
@@ -133,7 +134,7 @@ def noise_source(seed: int = 0) -> Noise:
 
 def starting_noise(shape: tuple[int, ...], *, seed: int = 0) -> Tensor:
     """Standard normal noise (B, C, H, W), float32 on the CPU; row i depends only on seed + i. Defined in chapter 09."""
-    return noise_source(seed)(torch.empty(shape))
+    return noise_source(seed)(torch.empty(shape, dtype=torch.float32))
 
 # %% ../book/09_sampling.ipynb #af217bad
 def ddim(denoise: Denoiser, x: Tensor, times: Times, *, eta: float = 0.0,
@@ -414,10 +415,11 @@ def sample(denoise: Denoiser, shape: tuple[int, ...], *, sampler: str = "dpmpp_2
         raise ValueError(f"{sampler} has no option {', '.join(sorted(unknown))}; it has {', '.join(known) or 'none'}")
     if min(shape) < 1:
         raise ValueError(f"shape must be (B, C, H, W), each at least 1, got {tuple(shape)}")
-    asked, times = times, timesteps(denoise.schedule, steps, spacing=spacing) if times is None else _check_times(times)
-    if asked is not None and latents is None and (first := levels(denoise.schedule, times)[0]).lam > 0:
+    times = timesteps(denoise.schedule, steps, spacing=spacing) if times is None else _check_times(times)
+    if latents is None and (first := levels(denoise.schedule, times)[0]).lam > 0:
         raise ValueError(f"at time {times[0]} there is more picture than noise ({first.alpha:.2f} of one and "
-                         f"{first.sigma:.2f} of the other); give latents, since noise alone is no such state")
+                         f"{first.sigma:.2f} of the other), and noise alone is no such state; begin at a higher time "
+                         "(spacing=\"trailing\" begins at the highest), or give latents")
     if latents is not None and tuple(latents.shape) != tuple(shape):
         raise ValueError(f"latents must have shape {tuple(shape)}, got {tuple(latents.shape)}")
     source = noise_source(seed)
@@ -526,6 +528,9 @@ def log_likelihood(denoise: Denoiser, x: Tensor, times: Times, *, probes: int | 
     """
     _check_differentiable(denoise)
     stops = [stop for stop in levels(denoise.schedule, _check_times(times))[::-1] if math.isfinite(stop.lam)]
+    if len(stops) < 2:
+        raise ValueError("the likelihood needs two times or more at which there are both signal and noise; take more "
+                         "steps, and for a flow a highest time below its last")
     total, size = x.new_zeros(len(x)), x[0].numel()
     for now, then in pairwise(stops):
         h, scale = then.lam - now.lam, then.sigma / now.sigma

@@ -71,13 +71,13 @@ def betas_from_alpha_bar(alpha_bar: Tensor, *, max_beta: float = 0.999) -> Tenso
 
     alpha_bar: (steps + 1,), decreasing, from the clean picture to the last step; only ratios count.
     max_beta: cap on each variance, so that a curve that ends at 0 never asks for an infinite jump.
-    Raises ValueError for a curve that rises or reaches 0 before its end, and unless 0 < max_beta < 1.
+    Raises ValueError for a curve that doesn't fall, or reaches 0 before its end, and unless 0 < max_beta < 1.
     Defined in chapter 04.
     """
     if not 0 < max_beta < 1:
         raise ValueError(f"max_beta must lie between 0 and 1, got {max_beta}; the usual choice is 0.999")
     alpha_bar = alpha_bar.double()
-    if not ((alpha_bar[:-1] > 0).all() and (alpha_bar[1:] <= alpha_bar[:-1]).all()):
+    if not ((alpha_bar[:-1] > 0).all() and (alpha_bar[1:] < alpha_bar[:-1]).all() and alpha_bar[-1] >= 0):
         raise ValueError("alpha_bar must fall from step to step, and only its last value may be 0")
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
 
@@ -109,6 +109,8 @@ def sigmoid_betas(
         raise ValueError(f"start must be below end and tau above 0, got start={start}, end={end}, tau={tau}")
     time = torch.arange(steps + 1, dtype=torch.float64) / steps
     curve = torch.sigmoid((start + (end - start) * time) / tau)
+    if not (curve[1:] > curve[:-1]).all():
+        raise ValueError(f"with tau={tau} the curve is level at its ends; take a larger one, or ends nearer to 0")
     alpha_bar = (curve[-1] - curve) / (curve[-1] - curve[0])
     return betas_from_alpha_bar(alpha_bar, max_beta=max_beta)
 

@@ -25,7 +25,7 @@ from diffusionbook.checkpoints import (
     OPENAI_TEXT, all_or_nothing, from_latent_diffusion_vae, locate, read_json, read_tensors, rename, sha256, split_qkv,
 )
 from .clip import CLIP
-from .data import check_images, check_negative, check_output, repeat_captions, to_pil
+from .data import check_count, check_images, check_negative, check_output, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Wrapped, classifier_free
 from .layers import Attention, attention_weights, split_heads
 from .samplers import rescaled_guidance, sample
@@ -212,30 +212,28 @@ def _download(repository: str) -> Path:
 
 # %% ../book/19_stable_diffusion.ipynb #8cd44ca3
 def offload(network: nn.Module, device) -> list[RemovableHandle]:
-    """Keep a network where it is, and bring each of its blocks to `device` only while the block runs.
+    """Keep a network where it is, and bring the weights of each layer to `device` only while the layer runs.
 
-    The memory of the device then holds one block at a time. `remove()` of all handles returned ends it.
+    The memory of the device then holds one layer at a time. `remove()` of all handles returned ends it.
     Defined in chapter 19.
     """
-    parts = (child if isinstance(child, nn.ModuleList) else [child] for child in network.children())
-    return [handle for blocks in parts for block in blocks for handle in _bring_while_running(block, device)]
+    layers = [module for module in network.modules() if any(True for _ in module.parameters(recurse=False))]
+    return [handle for layer in layers for handle in _bring_while_running(layer, device)]
 
 
-def _bring_while_running(block: nn.Module, device) -> list[RemovableHandle]:
-    home: list[tuple[dict, str, nn.Parameter]] = []
+def _bring_while_running(layer: nn.Module, device) -> list[RemovableHandle]:
+    home: dict[str, nn.Parameter] = {}
 
-    def bring(module, args):
-        for inner in module.modules():
-            for name, parameter in inner.named_parameters(recurse=False):
-                home.append((inner._parameters, name, parameter))
-                inner._parameters[name] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
+    def bring(layer, args):
+        home.update(layer.named_parameters(recurse=False))
+        for name, parameter in home.items():
+            layer._parameters[name] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
 
-    def put_back(module, args, output):
-        while home:
-            place, name, parameter = home.pop()
-            place[name] = parameter
+    def put_back(layer, args, output):
+        layer._parameters.update(home)
+        home.clear()
 
-    return [block.register_forward_pre_hook(bring), block.register_forward_hook(put_back, always_call=True)]
+    return [layer.register_forward_pre_hook(bring), layer.register_forward_hook(put_back, always_call=True)]
 
 # %% ../book/19_stable_diffusion.ipynb #24878cbd
 def signed(picture: Image.Image, facts: dict) -> Image.Image:
@@ -283,13 +281,15 @@ class StableDiffusion:
                         prediction: str | None = None, tokenizer: Tokenizer | None = None) -> "StableDiffusion":
         """Load the miniature ("emoji"), a folder in diffusers' layout, a single file, or "owner/name" from the Hub.
 
-        `memory="low"` keeps weights on the CPU when the pipeline moves to a device, and brings block after block there;
+        `memory="low"` keeps weights on the CPU when the pipeline moves to a device, and brings layer after layer there;
         the VAE paints one picture at a time, in tiles. `prediction` overrides what the network is said to predict:
         "epsilon" for single files of Stable Diffusion 2-base. `tokenizer` is for single files, which hold none.
         Raises `FileNotFoundError` that lists what is missing, `ValueError` for what doesn't fit or was altered.
         """
         place = fetch(name_or_path)
         file = place.is_file()
+        if tokenizer is not None and not file:
+            raise ValueError("tokenizer is for a single file, which holds none; a folder has its own")
         parts = read_single_file(place, dtype=dtype, tokenizer=tokenizer) if file else read_pipeline(place, dtype=dtype)
         if prediction is not None:
             parts["prediction"] = prediction
@@ -363,6 +363,9 @@ class StableDiffusion:
         if guidance == 1:
             return denoise
         nothing = self.encode_text([negative], clip_skip=clip_skip).expand(len(context), -1, -1)
+        if nothing.shape != context.shape:
+            raise ValueError(f"vectors for captions must stand for {nothing.shape[1]} tokens where there is guidance, "
+                             f"as many as those of the negative caption, got {context.shape[1]}")
         without = Condition(context=nothing, concat=concat)
         if rescale is None:
             rescale = 0.7 if self.schedule.alpha_bar[-1] == 0 else 0.0
@@ -378,16 +381,18 @@ class StableDiffusion:
         """Paint `n` pictures for a caption, for each of a list of captions, or for vectors from `encode_text`.
 
         `guidance` says how closely to follow the caption (1: not beyond what the network learned), `negative` what to
-        keep away from. `size` is (height, width) in pixels, by default the one trained on. Picture number i is painted
-        from noise with seed `seed + i`, or from `latents` (B, C, h, w). `rescale` and `clip_skip` are those of
-        `denoiser` and `encode_text`. `on_step(i, latents, prediction)` sees every step. More options, such as `spacing`
-        or `eta`, go to `samplers.sample`. Returns PIL pictures that keep in their `metadata` how they were made, or
-        with `output="tensor"` a tensor (B, 3, H, W) in [-1, 1].
+        keep away from. `size` is (height, width) in pixels, by default that of `latents`, or the one trained on.
+        Picture number i is painted from noise with seed `seed + i`, or from `latents` (B, C, h, w). `rescale` and
+        `clip_skip` are those of `denoiser` and `encode_text`. `on_step(i, latents, prediction)` sees every step. More
+        options, such as `spacing` or `eta`, go to `samplers.sample`. Returns PIL pictures that keep in their `metadata`
+        how they were made, or with `output="tensor"` a tensor (B, 3, H, W) in [-1, 1].
         Raises `ValueError` for an impossible size and for other impossible wishes, and `FloatingPointError` that names
         the layer where NaN first appeared.
         """
         captions = self.captions(prompt, n)
         denoise = self.denoiser(captions, negative=negative, guidance=guidance, rescale=rescale, clip_skip=clip_skip)
+        if size is None and latents is not None:
+            size = tuple(self.vae.factor * side for side in latents.shape[2:])
         shape = (len(captions), self.vae.config.latent_channels, *self.latent_size(size))
         facts = {"negative": negative, "guidance": guidance}
         facts |= {"rescale": rescale} if rescale is not None else {}
@@ -403,29 +408,35 @@ class StableDiffusion:
             if not prompt.is_floating_point() or prompt.ndim != 3 or prompt.shape[2] != width or not len(prompt):
                 raise ValueError(f"vectors for captions must be floats of shape (B, tokens, {width}), as encode_text "
                                  f"gives them, got {prompt.dtype} {tuple(prompt.shape)}")
+            check_count(n)
             return prompt.to(self.device, self.unet.dtype).repeat_interleave(n, dim=0)
         return repeat_captions(prompt, n)
 
     def paint(self, denoise: Denoiser | Wrapped, shape: tuple[int, ...], *, captions=(), facts: dict | None = None,
-              output: str = "pil", seed: int = 0, **options) -> list[Image.Image] | Tensor:
+              output: str = "pil", sampler: str = "dpmpp_2m", steps: int = 20, times=None, seed: int = 0,
+              latents: Tensor | None = None, progress: bool = True, on_step=None,
+              **options) -> list[Image.Image] | Tensor:
         """Follow a sampler down to clean latents and decode them: what `__call__` and chapter 20 share.
 
-        `options` are those of `samplers.sample`. With `facts`, each picture carries these and its caption and seed.
+        `options` are those of `samplers.sample`. With `facts`, each picture carries these, its caption and seed, and
+        the sampler with all options that can be written down.
         """
         check_output(output)
-        options |= {"seed": seed, "dtype": self.unet.dtype, "device": self.device}
+        follow = partial(sample, denoise, shape, sampler=sampler, steps=steps, times=times, seed=seed, latents=latents,
+                         dtype=self.unet.dtype, device=self.device, **options)
         try:
-            latents = sample(denoise, shape, **options)
+            clean = follow(progress=progress, on_step=on_step)
         except FloatingPointError as error:
-            quiet = options | {"progress": False, "on_step": None}
-            raise self._lost(self.unet, partial(sample, denoise, shape, **quiet)) from error
-        images = self.decode(latents)
+            raise self._lost(self.unet, partial(follow, progress=False)) from error
+        images = self.decode(clean)
         if output == "tensor":
             return images
         pictures = to_pil(images)
         if facts is not None:
             told = captions if isinstance(captions, list) else ["(vectors)"] * len(pictures)
-            kept = {name: options[name] for name in ("sampler", "steps") if name in options}
+            kept = {"sampler": sampler} | ({"steps": steps} if times is None else {})
+            kept |= {name: value for name, value in options.items() if isinstance(value, str | int | float)}
+            kept |= {"latents": "given"} if latents is not None else {}
             pictures = [signed(picture, {"software": "diffusionbook", "model": self.name, "caption": caption,
                                          "seed": seed + i, **kept, **facts})
                         for i, (picture, caption) in enumerate(zip(pictures, told, strict=True))]
@@ -481,22 +492,25 @@ def word_maps(pipeline: StableDiffusion, caption: str, *, side: int | None = Non
               **options) -> tuple[Image.Image, list[str], Tensor]:
     """Paint a picture, and see where each word of the caption was looked at.
 
-    Returns the picture, the tokens (begin and end included), and a map for each (tokens, side, side): the attention to
-    it, averaged over all steps, heads and those layers that work at side × side; by default the finest. `options` are
+    Returns the picture, the tokens (begin and end included), and a map for each (tokens, side, width): the attention to
+    it, averaged over all steps, heads and those layers whose maps are `side` high; by default the finest. `options` are
     those of a call of the pipeline. Raises `ValueError` for a side at which no layer looks at words.
     (Tang et al. 2023, DAAM.) Defined in chapter 19.
     """
     (ids,) = pipeline.tokenizer([caption]).tolist()
     ids = ids[:ids.index(pipeline.tokenizer.eos_id) + 1]
-    side = side or pipeline.latent_size(options.get("size"))[0]
+    height, width = pipeline.latent_size(options.get("size"))
+    side = side or height
+    while height > side:
+        height, width = (height + 1) // 2, (width + 1) // 2  # as the U-Net halves them
     maps: list[Tensor] = []
 
     def look(attention: Attention, args, output: Tensor) -> None:
         x, context = args[0][:1], args[1][:1]  # the rows with the caption, without those of guidance
-        if x.shape[1] == side**2:
+        if height == side and x.shape[1] == height * width:
             q, k = (split_heads(part, attention.heads) for part in (attention.to_q(x), attention.to_k(context)))
             weights = attention_weights(q.float(), k.float()).mean((0, 1))  # (places, words)
-            maps.append(weights.T[:len(ids)].unflatten(1, (side, side)))
+            maps.append(weights.T[:len(ids)].unflatten(1, (height, width)))
 
     hooks = [layer.register_forward_hook(look) for name, layer in pipeline.unet.named_modules()
              if name.endswith("attn2")]
@@ -506,7 +520,7 @@ def word_maps(pipeline: StableDiffusion, caption: str, *, side: int | None = Non
         for hook in hooks:
             hook.remove()
     if not maps:
-        raise ValueError(f"no layer of this network looks at words at {side}×{side}; for a square picture try the side "
-                         "of its latents or a half of it")
+        raise ValueError(f"no layer of this network looks at words on maps {side} high; try the height of the latents "
+                         "or a half of it")
     tokens = [pipeline.tokenizer.decode([number]) or "·" for number in ids]
     return picture, tokens, torch.stack(maps).mean(0).cpu()

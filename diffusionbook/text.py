@@ -180,13 +180,20 @@ class Tokenizer:
         return max(self.vocab.values()) + 1
 
     def add(self, word: str, number: int) -> None:
-        """Let a new word, one run of letters, have the id `number` (textual inversion, chapter 20); not saved."""
+        """Let a new word, one run of letters, have the id `number` (textual inversion, chapter 20)."""
         if not regex.fullmatch(r"\p{L}+", word) or number in self._symbols:
             raise ValueError(f"a new word must be one run of letters and its id new, got {word!r} and {number}")
         if word.lower() not in self.added and len(self.encode(word)) == 1:
             raise ValueError(f"{word!r} is a word already; choose one that isn't")
-        symbol = "".join(self.spell(word.lower()))
-        self.added[word.lower()], self._symbols[number] = number, symbol
+        self.added[word.lower()], self._symbols[number] = number, "".join(self.spell(word.lower()))
+        self._cache.clear()
+        if self.encode(word) != [number]:
+            self.forget(word)
+            raise ValueError(f"{word!r} is cleaned to other letters before it is looked up; choose plain ones")
+
+    def forget(self, word: str) -> None:
+        """Take back that a word was added."""
+        del self._symbols[self.added.pop(word.lower())]
         self._cache.clear()
 
     def _encode_word(self, word: str) -> list[int]:
@@ -275,6 +282,8 @@ class Tokenizer:
             "special_tokens_map.json": json.dumps(special, indent=2),
             "tokenizer_config.json": json.dumps(config, indent=2),
         }
+        if self.added:
+            files["added_tokens.json"] = json.dumps(self.added, ensure_ascii=False)
         for name, text in files.items():
             write_atomically(Path(folder) / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
 
@@ -282,7 +291,8 @@ class Tokenizer:
     def from_pretrained(cls, folder) -> "Tokenizer":
         """Read a folder in the layout of transformers' CLIPTokenizer (two files, or one `tokenizer.json`).
 
-        Raises FileNotFoundError for a folder without a tokenizer, ValueError for another kind or a truncated one.
+        Raises FileNotFoundError for a folder without a tokenizer, ValueError for another kind, a truncated one, and one
+        with added words that aren't runs of letters.
         """
         folder = Path(folder)
 
@@ -307,7 +317,19 @@ class Tokenizer:
                              f"{len(lost)} of its symbols, such as {lost[0]!r}; download or save it again")
         length = config.get("model_max_length", 77)
         length = length if length < 1e6 else 77  # transformers writes 1e30 for "not known"
-        return cls(vocab, merges, context_length=length, pad=pad)
+        tokenizer = cls(vocab, merges, context_length=length, pad=pad)
+        added = read("added_tokens.json") | {token["content"]: int(number) for number, token in
+                                             config.get("added_tokens_decoder", {}).items()}
+        added |= {token["content"]: token["id"] for token in read("tokenizer.json").get("added_tokens", [])}
+        for word, number in added.items():
+            if word in vocab:
+                continue
+            try:
+                tokenizer.add(word, number)
+            except ValueError as error:
+                raise ValueError(f"the tokenizer in {folder} has the added word {word!r}, which can't be read here: "
+                                 f"{error}") from error
+        return tokenizer
 
 # %% ../book/13_text.ipynb #f95915ab
 def train_bpe(texts: Iterable[str], vocab_size: int, *, context_length: int = 77, pad: str = "zero") -> Tokenizer:
@@ -585,8 +607,8 @@ class TextEncoder(Model):
     def embed(self, ids: Tensor) -> Tensor:
         """Token vectors plus place vectors, (B, L, width): what the first block reads."""
         self._check(ids)
-        places = self.embeddings["position_embedding"].weight[: ids.shape[1]]  # (L, width)
-        return self.embeddings["token_embedding"](ids) + places
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"](places)
 
     def forward(self, ids: Tensor, *, skip: int = 0) -> Tensor:
         """Vectors (B, L, width) after the final LayerNorm; `skip` leaves out that many of the last blocks."""

@@ -263,6 +263,10 @@ def _restore(folder: Path, net, optimizer, average: EMA) -> tuple[int, float]:
     if path.exists():
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
+            shapes = [{name: tensor.shape for name, tensor in model.items()}
+                      for model in (net.state_dict(), state["model"])]
+            if shapes[0] != shapes[1]:
+                raise ValueError("its tensors have other names or shapes")  # before any is overwritten
             net.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             for name, kept in average.weights.items():
@@ -310,8 +314,11 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
                    pictures=len(dataset))
     if not clip > 0:
         raise ValueError(f"clip must be above 0, got {clip}; math.inf lets every gradient pass")
-    if weights is not None and len(weights) != len(dataset):
-        raise ValueError(f"weights must have one entry for each of the {len(dataset)} pictures, got {len(weights)}")
+    if weights is not None:
+        weights = torch.as_tensor(weights, dtype=torch.float64)
+        if weights.shape != (len(dataset),) or not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
+            raise ValueError(f"weights must be one number for each of the {len(dataset)} pictures, none below 0 and "
+                             f"some above, got shape {tuple(weights.shape)}")
     if narrow := {p.dtype for p in net.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}:
         raise ValueError(f"small steps are lost on weights in {narrow.pop()}; train in float32: net.float(), and "
                          "bf16=True for speed")
@@ -419,11 +426,16 @@ SAVED = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flo
 def save_denoiser(folder, denoise: Denoiser, *, classes: list[str] = (), dtype: torch.dtype | None = None) -> None:
     """Write network (in `dtype`, by default its own) and schedule as a `DDPMPipeline` of diffusers.
 
-    It paints with one whose network reads no words and whose schedule is no flow. classes: the names of the classes
-    that the network can be told. Defined in chapter 08.
+    It paints with one whose network reads no words, knows no classes and predicts no flow. classes: the names of the
+    classes that the network can be told. Raises `ValueError` for a denoiser that was wrapped, as by guidance.
+    Defined in chapter 08.
     """
+    if not isinstance(denoise, Denoiser):
+        raise ValueError("guidance and the like aren't saved; save the Denoiser inside")
     kind = "DDPMScheduler" if denoise.schedule.shift is None else "FlowMatchEulerDiscreteScheduler"
     scheduler = {"_class_name": kind, "prediction_type": SAVED[denoise.prediction]}
+    if denoise.network.config.out_channels == 2 * denoise.network.config.in_channels:
+        scheduler["variance_type"] = "learned_range"
     index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", kind],
              "unet": ["diffusers", denoise.network.config.to_config()["_class_name"]]}
     contents = {"scheduler/scheduler_config.json": denoise.schedule.to_config() | scheduler,
@@ -511,13 +523,24 @@ def _data(split: str, *, name: str, **options):
     return makers[name](split, **options)
 
 
+def _check_same_recipe(note: Path, tables: dict[str, dict]) -> None:
+    """Raise `ValueError` where another recipe was trained, by the note of its tables beside its state."""
+    if note.exists() and note.with_name("state.pt").exists() and (before := read_json(note)) != tables:
+        other = next(name for name in tables if tables[name] != before.get(name))
+        raise ValueError(f"{note.parent} belongs to a recipe with another table [{other}]; choose another folder to "
+                         "begin anew")
+
+
 def run_recipe(path, *, folder, device="cpu", steps: int | None = None, progress: bool = True) -> Denoiser:
     """Train what a recipe describes and save it, with averaged weights, in `folder`, by `save_denoiser`.
 
-    `steps` overrides the recipe's. `folder` also keeps log and state: the same call goes on where it stopped.
-    Raises `ValueError` for a table or an option that doesn't exist. Defined in chapter 08.
+    `steps` overrides the recipe's. `folder` also keeps log, state and what the recipe says of data, network, schedule
+    and loss: the same call goes on where it stopped. Raises `ValueError` for a table or an option that doesn't exist,
+    and for a folder in which a recipe that says something else was trained. Defined in chapter 08.
     """
     recipe = read_recipe(path)
+    tables, note = {name: dict(recipe[name]) for name in recipe if name != "train"}, Path(folder) / "recipe.json"
+    _check_same_recipe(note, tables)
     if steps is not None:
         recipe["train"]["steps"] = steps
     recipe["train"]["bf16"] = recipe["train"].get("bf16", False) and has_bf16(device)
@@ -543,10 +566,14 @@ def run_recipe(path, *, folder, device="cpu", steps: int | None = None, progress
         for x0, names in ((pictures, told), (others, others_told))
     )
     validate = partial(mean_loss, net, unseen, replace(loss, drop=0.0), bf16=recipe["train"]["bf16"])
+
+    def judge() -> dict[str, float]:
+        write_atomically(note, lambda path: Path(path).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf8"))
+        return {"validation": validate()}
+
     at_start = 1.0 if loss.prediction == "epsilon" and loss.weight is None else None
     fit = partial(train, net, data, loss, weights=balanced_weights(names), folder=folder, progress=progress,
-                  at_start=at_start,
-                  evaluate=lambda: {"validation": validate()})
+                  at_start=at_start, evaluate=judge)
     average = build("train", fit)
     average.swap(net)
     denoise = Denoiser(net, schedule, loss.prediction)

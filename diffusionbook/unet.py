@@ -185,7 +185,7 @@ class UNetConfig:
             "downsample_padding": self.down_padding,
             "dropout": self.dropout,
             "flip_sin_to_cos": self.cos_first,
-            "freq_shift": int(self.time_shift),
+            "freq_shift": int(self.time_shift) if self.time_shift == int(self.time_shift) else self.time_shift,
             "in_channels": self.in_channels,
             "layers_per_block": self.layers_per_block,
             "mid_block_scale_factor": 1,
@@ -496,7 +496,7 @@ class UNet(Model):
 
     def _check(self, x, t, context, embedding, mask) -> None:
         config, multiple = self.config, 2 ** (len(self.config.channels) - 1)
-        any_size = not config.residual_resampling  # convolutions halve odd numbers, too
+        any_size = not config.residual_resampling and config.down_padding  # these convolutions round halves up
         if x.ndim != 4 or x.shape[1] != config.in_channels or any(
                 side < multiple if any_size else side % multiple for side in x.shape[2:]):
             raise ValueError(

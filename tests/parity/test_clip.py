@@ -168,6 +168,34 @@ def test_both_towers_equal_open_clip(open_clip, tmp_path, quick, kind):
         assert ours.logit_scale == theirs.logit_scale
 
 
+@pytest.mark.parametrize("tower, option", [
+    ("text", {"no_causal_mask": True}), ("text", {"pool_type": "last"}), ("text", {"norm_kwargs": {"eps": 1e-2}}),
+    ("text", {"act_kwargs": {"approximate": "tanh"}}), ("vision", {"pool_type": "avg"}),
+    ("vision", {"final_ln_after_pool": True}),
+])
+def test_what_tensors_do_not_tell_is_not_guessed(open_clip, tmp_path, tower, option):
+    """Such a CLIP has the tensors of a plain one, and other answers."""
+    towers = {"text": {}, "vision": {}} | {tower: option}
+    model = open_clip_config(False, **towers)
+    state = open_clip.CLIP(**model).state_dict()
+    assert state.keys() == open_clip.CLIP(**open_clip_config(False)).state_dict().keys()
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    with pytest.raises(ValueError, match=f"open_clip's option {next(iter(option))}=.* is not supported"):
+        CLIP.from_pretrained(tmp_path)
+
+
+def test_what_was_saved_last_is_loaded(open_clip, tmp_path):
+    model = open_clip_config(True)
+    state = open_clip.CLIP(**model).state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    clip = CLIP.from_pretrained(tmp_path)
+    clip.visual_projection.weight.data.zero_()
+    clip.save_pretrained(tmp_path)
+    assert not CLIP.from_pretrained(tmp_path).visual_projection.weight.any()
+
+
 @pytest.mark.parametrize("form", ["safetensors", "pt", "torchscript"])
 def test_a_single_file_of_openai(open_clip, tmp_path, form):
     theirs = shaken(open_clip.CLIP(**open_clip_config(True)))

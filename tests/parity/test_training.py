@@ -74,11 +74,11 @@ def test_the_loop_is_what_pytorch_does_by_hand():
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)  # fused and plain AdamW round differently
 
 
-@pytest.mark.parametrize("classes", [None, 4])
-def test_diffusers_paints_with_what_a_recipe_saves(tmp_path, classes):
+@pytest.mark.parametrize("classes, out", [(None, 1), (4, 1), (None, 2)])
+def test_diffusers_paints_with_what_a_recipe_saves(tmp_path, classes, out):
     torch.manual_seed(0)
     net = UNet(UNetConfig(channels=(8, 16), attention=(None, "self"), heads=(1, 2), layers_per_block=1, in_channels=1,
-                          out_channels=1, context_width=None, groups=4, sample_size=8, classes=classes)).eval()
+                          out_channels=out, context_width=None, groups=4, sample_size=8, classes=classes)).eval()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))

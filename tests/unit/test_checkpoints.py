@@ -276,6 +276,22 @@ def test_a_missing_file_is_named(saved, name):
         Small.from_pretrained(without_sums(folder))
 
 
+def test_loading_in_place_keeps_parameters_and_their_type():
+    net = Small(SmallConfig()).double()
+    before, state = dict(net.named_parameters()), {k: v + 1 for k, v in net.state_dict().items()}
+    net.load(state)
+    assert net.dtype == torch.float64 and all(net.get_parameter(name) is p for name, p in before.items())
+    assert all(torch.equal(p, state[name]) for name, p in net.named_parameters())
+    assert all(p.data_ptr() != state[name].data_ptr() for name, p in net.named_parameters())
+    assert net.load(state, dtype=torch.float32).dtype == torch.float32
+
+
+def test_weights_are_not_rounded_to_whole_numbers(saved, tmp_path):
+    with pytest.raises(ValueError, match="stored as torch.int8, which rounds"):
+        saved[0].save_pretrained(tmp_path / "whole", dtype=torch.int8)
+    assert not (tmp_path / "whole").exists()
+
+
 def test_another_shape_is_refused(saved):
     _, folder = saved
     (without_sums(folder) / "config.json").write_text('{"width": 4}')

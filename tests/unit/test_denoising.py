@@ -600,3 +600,20 @@ def test_guidance_asks_the_network_itself():
     for again in (partial(classifier_free, scale=2.0), partial(rescaled_guidance, scale=2.0)):
         with pytest.raises(ValueError, match="takes a Denoiser, got Wrapped; guide first, then wrap"):
             again(guided, words(0.0))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+def test_float64_stays_exact_at_whole_times(prediction):
+    g, schedule, t = torch.Generator().manual_seed(0), NoiseSchedule.linear(), torch.tensor([900, 500])
+    x0, noise = (torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    output = target(x0, noise, t, schedule=schedule, prediction=prediction)
+    answer = to_prediction(output, schedule.add_noise(x0, noise, t), t, schedule=schedule, prediction=prediction)
+    assert (answer.x0 - x0).abs().max() < 1e-11 and (answer.eps - noise).abs().max() < 1e-11
+    loss = diffusion_loss(lambda x, t: 0.5 * x, x0, noise, t, schedule=schedule, prediction=prediction)
+    assert loss.dtype == torch.float64
+
+
+def test_a_time_for_each_picture():
+    with pytest.raises(ValueError, match="t must be one number, or one per picture: got 3 for 1"):
+        to_prediction(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([3.0, 4.0, 5.0]),
+                      schedule=NoiseSchedule.linear(), prediction="v")

@@ -159,6 +159,14 @@ def test_masks_are_checked(tiny, picture):
         as_mask(torch.zeros(32, 64), (64, 64))
     with pytest.raises(ValueError, match="a PIL picture or a tensor, got ndarray"):
         as_mask(half_mask().numpy(), (64, 64))
+    for values in (torch.full((64, 64), 40, dtype=torch.uint8), torch.full((64, 64), torch.nan), -torch.ones(64, 64)):
+        with pytest.raises(ValueError, match=r"values of a mask must lie in \[0, 1\]"):
+            as_mask(values, (64, 64))
+    for mode in ("F", "I;16"):
+        with pytest.raises(ValueError, match="8 bits per colour"):
+            as_mask(Image.new(mode, (64, 64), 1), (64, 64))
+    assert as_mask(torch.ones(64, 64, dtype=torch.bool), (64, 64)).min() == as_mask(Image.new("1", (64, 64), 1),
+                                                                                    (64, 64)).min() == 1
     with pytest.raises(ValueError, match="3 masks don't go with 2 pictures"):
         tiny.inpaint(picture, torch.ones(3, 1, 64, 64), CAPTION, n=2, **FAST)
 
@@ -197,6 +205,19 @@ def test_the_second_caption_looks_where_the_first_looks(tiny):
     assert told.info["seed"] == "3"
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "euler_ancestral", "dpmpp_2m"])
+def test_both_captions_and_all_frames_share_all_noise(tiny, sampler):
+    """Each picture is what its caption paints alone with that seed, by a random sampler, too; metadata says so."""
+    options = {"seed": 5, "sampler": sampler, "steps": 4, "progress": False}
+    alone = [tiny(caption, **options)[0] for caption in (CAPTION, "pizza")]
+    both = edit_words(tiny, CAPTION, "pizza", share=0.0, **options)
+    film = prompt_film(tiny, [CAPTION, "pizza"], frames=2, **options)
+    for found, expected in zip((*both, film[0], film[2]), alone * 2, strict=True):
+        assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 1
+        assert (found.info["seed"], found.info["sampler"]) == ("5", sampler)
+    assert [picture.info["caption"] for picture in film] == [CAPTION, f"{CAPTION} (1/2 of the way to pizza)", "pizza"]
+
+
 def test_a_film_goes_from_caption_to_caption(tiny):
     film = prompt_film(tiny, [CAPTION, "pizza"], frames=3, seed=2, **FAST)
     assert film.shape == (4, 3, 64, 64)
@@ -207,6 +228,13 @@ def test_a_film_goes_from_caption_to_caption(tiny):
     for captions, frames in (("pizza", 3), (["pizza"], 3), ([CAPTION, "pizza"], 0)):
         with pytest.raises(ValueError, match="a list of two captions or more"):
             prompt_film(tiny, captions, frames=frames, **FAST)
+
+
+def test_options_of_a_call_reach_a_film():
+    emoji = StableDiffusion.from_pretrained("emoji")  # the tiny one has no block to skip
+    film = prompt_film(emoji, [CAPTION, "pizza"], frames=1, clip_skip=1, guidance=2.0, negative="blue", **FAST)
+    expected = emoji([CAPTION], clip_skip=1, guidance=2.0, negative="blue", **FAST)
+    assert torch.allclose(film[:1], expected, atol=1e-4)
 
 
 # LoRA
@@ -530,6 +558,49 @@ def test_a_training_that_fails_leaves_the_pipeline_alone(painter, picture, monke
     painter.to(torch.device("cpu")).unet.half()
     with pytest.raises(ValueError, match="lost in torch.float16; to train, load the pipeline in float32"):
         train_lora(painter, [picture], ["pizza"], progress=False)
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"lr": float("inf"), "steps": 5}])
+def test_a_word_that_is_not_learned_leaves_no_trace(painter, picture, options):
+    before = painter("a zorb", **FAST)
+    for known in (False, True):
+        with pytest.raises((ValueError, FloatingPointError)):
+            learn_word(painter, [picture], "zorb", like="pizza", progress=False, **options)
+        assert torch.equal(painter("a zorb", **FAST), before) and ("zorb" in painter.tokenizer.added) == known
+        add_word(painter, "zorb", torch.ones(16))
+        before = painter("a zorb", **FAST)
+
+
+def test_learned_words_are_saved_and_read(painter, tmp_path):
+    add_word(painter, "zorb", torch.zeros(16))
+    add_word(painter, "zorb", torch.ones(16))
+    add_word(painter, "blip", -torch.ones(16))
+    assert painter.text_encoder.config.vocab_size == len(painter.tokenizer.vocab) + 2
+    painter.save_pretrained(tmp_path / "pipe")
+    again = StableDiffusion.from_pretrained(tmp_path / "pipe")
+    assert again.tokenizer.added == painter.tokenizer.added
+    assert torch.equal(again("a zorb and a blip", **FAST), painter("a zorb and a blip", **FAST))
+    added = tmp_path / "pipe" / "tokenizer" / "added_tokens.json"
+    added.write_text(json.dumps({"<cat-toy>": 540}))
+    with pytest.raises(ValueError, match="has the added word '<cat-toy>', which can't be read here"):
+        StableDiffusion.from_pretrained(tmp_path / "pipe")
+
+
+def test_a_word_that_is_cleaned_away_is_refused(painter):
+    with pytest.raises(ValueError, match="cleaned to other letters"):
+        add_word(painter, "\ufb01xx", torch.ones(16))  # the ligature fi
+    assert not painter.tokenizer.added
+
+
+def test_a_lora_is_no_pickle(painter, tmp_path):
+    with pytest.raises(ValueError, match=r"end in .safetensors, not in .bin"):
+        LoRA(painter).save(tmp_path / "lora.bin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_controlnet_of_another_type_is_refused(painter):
+    with pytest.raises(ValueError, match="ControlNet computes in torch.float16 and the pipeline in torch.float32"):
+        painter.with_controlnet(ControlNet.beside(painter.unet).half())
 
 
 def test_a_lora_with_nan_is_not_saved(painter, tmp_path):

@@ -1,5 +1,6 @@
 """The command line: pictures where they were asked for, one clear sentence where that can't be."""
 
+import io
 import subprocess
 import sys
 import tempfile
@@ -132,7 +133,11 @@ def test_a_full_disk_leaves_an_existing_picture_alone(run, model, tmp_path, monk
     path = tmp_path / "heart.png"
     path.write_text("old")
 
+    whole = Image.Image.save
+
     def save(picture, path, **options):
+        if isinstance(path, io.BytesIO):  # a first look at whether such a file can be written
+            return whole(picture, path, **options)
         Path(path).write_text("half")
         raise OSError("no space left on device")
 

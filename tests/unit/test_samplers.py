@@ -753,7 +753,26 @@ def test_times_that_begin_in_the_middle_need_a_state():
         sample(Gaussian(), shape, times=[half - 1, 0, None], progress=False)
     sample(Gaussian(), shape, times=[half - 1, 0, None], latents=torch.zeros(shape), progress=False)
     sample(Gaussian(), shape, times=[half, 0, None], progress=False)
-    sample(Gaussian(), shape, steps=1, spacing="leading", progress=False)  # a grid by its name may begin low
+    short = Denoiser(lambda x, t: x, NoiseSchedule.linear(50), "v")  # ends with more picture than noise
+    for denoise, options in ((Gaussian(), {"steps": 1, "spacing": "leading"}), (short, {})):
+        with pytest.raises(ValueError, match='more picture than noise .*spacing="trailing" begins at the highest'):
+            sample(denoise, shape, progress=False, **options)
+    sample(short, shape, latents=noise(1)[:, :1, :2, :2], progress=False)
+
+
+def test_noise_is_the_same_whatever_the_default_type():
+    before = starting_noise((2, 3, 4, 4), seed=3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(starting_noise((2, 3, 4, 4), seed=3), before) and before.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_likelihood_needs_two_times():
+    denoise = Denoiser(lambda x, t: x, NoiseSchedule.flow(), "flow", grad=True)
+    with pytest.raises(ValueError, match="two times or more at which there are both signal and noise"):
+        log_likelihood(denoise, torch.zeros(1, 1, 2, 2), timesteps(denoise.schedule, 1))
 
 
 def test_options_reach_the_sampler():

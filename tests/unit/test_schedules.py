@@ -555,3 +555,14 @@ def test_a_curve_that_rises_or_ends_early_has_no_betas(curve):
     with pytest.raises(ValueError, match="must fall from step to step"):
         betas_from_alpha_bar(torch.tensor(curve))
     assert betas_from_alpha_bar(torch.tensor([1.0, 0.5, 0.0])).tolist() == [0.5, 0.999]
+
+
+@pytest.mark.parametrize("curve", [[1.0, 0.5, -1.0], [1.0, 0.5, 0.5]])
+def test_a_curve_that_is_level_or_ends_below_nothing(curve):
+    with pytest.raises(ValueError, match="alpha_bar must fall from step to step, and only its last value may be 0"):
+        betas_from_alpha_bar(torch.tensor(curve))
+
+
+def test_a_sigmoid_without_slope_names_its_width():
+    with pytest.raises(ValueError, match="with tau=0.05 the curve is level at its ends"):
+        NoiseSchedule.sigmoid(1000, tau=0.05)

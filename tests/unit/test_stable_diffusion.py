@@ -147,7 +147,8 @@ def test_size_is_height_and_width(tiny):
     ({"steps": 1001}, "1…1000"),
     ({"sampler": "eluer"}, "ddim, euler"),
     ({"guidance": float("nan")}, "finite"),
-    ({"latents": torch.zeros(1, 4, 4, 4)}, r"\(1, 4, 8, 8\), got \(1, 4, 4, 4\)"),
+    ({"latents": torch.zeros(1, 4, 4, 4), "size": (64, 64)}, r"\(1, 4, 8, 8\), got \(1, 4, 4, 4\)"),
+    ({"latents": torch.zeros(1, 4, 1, 8)}, r"at least 16, got \(8, 64\)"),
 ])
 def test_impossible_wishes_are_refused(tiny, options, message):
     with pytest.raises(ValueError, match=message):
@@ -179,6 +180,24 @@ def test_vectors_may_stand_for_captions(tiny):
     for wrong in (context[0], context[:, :, :8], context[:0], tiny.tokenizer(["pizza"])):
         with pytest.raises(ValueError, match=r"floats of shape \(B, tokens, 16\)"):
             tiny(wrong, **FAST)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"n": -1}, "n must be at least 1"), ({"n": 1.5}, "n must be at least 1"), ({"n": 0}, "n must be at least 1"),
+])
+def test_vectors_are_counted_as_captions_are(tiny, options, message):
+    context = tiny.encode_text(["red heart"])
+    with pytest.raises(ValueError, match=message):
+        tiny(context, **options, **FAST)
+    with pytest.raises(ValueError, match="stand for .* tokens where there is guidance"):
+        tiny(context[:, :2], **FAST)
+    assert len(tiny(context[:, :2], guidance=1.0, **FAST)) == 1
+
+
+def test_a_picture_is_as_large_as_the_latents_given(tiny):
+    latents = torch.randn(1, 4, 12, 16, generator=torch.Generator().manual_seed(0))
+    (found,) = tiny(CAPTION, latents=latents, **FAST)
+    assert found.size == (128, 96) and found.info["latents"] == "given"
 
 
 def test_clip_skip_leaves_out_the_last_blocks(tiny):
@@ -215,7 +234,7 @@ def test_a_saved_picture_says_how_it_was_made(tiny, tmp_path):
         told = found.text
     assert told == {"software": "diffusionbook", "model": "", "caption": CAPTION, "negative": "pizza", "seed": "6",
                     "guidance": "4.0", "steps": "4", "sampler": "dpmpp_2m"}
-    assert first.info["seed"] == "5"
+    assert first.info["seed"] == "5" and first.info["sampler"] == "dpmpp_2m" and "latents" not in first.info
     (other,) = tiny(CAPTION, rescale=0.5, **FAST)
     assert other.info["rescale"] == "0.5" and "clip_skip" not in other.info
     second.save(tmp_path / "picture.jpg")
@@ -269,8 +288,14 @@ def test_latents_and_pictures_of_another_type(tiny):
 
 def test_words_are_looked_at_on_some_sides_only(tiny):
     assert word_maps(tiny, "pizza", side=4, steps=1, progress=False)[2].shape[1:] == (4, 4)
-    with pytest.raises(ValueError, match="no layer of this network looks at words at 3×3"):
+    with pytest.raises(ValueError, match="no layer of this network looks at words on maps 3 high"):
         word_maps(tiny, "pizza", side=3, steps=1, progress=False)
+
+
+def test_maps_of_a_picture_that_is_not_square(tiny):
+    assert word_maps(tiny, "pizza", size=(64, 256), steps=1, progress=False)[2].shape[1:] == (8, 32)
+    small = word_maps(tiny, "pizza", size=(64, 256), side=4, steps=1, progress=False)[2]
+    assert small.shape[1:] == (4, 16)
 
 
 def test_what_does_not_exist_is_an_attribute_error(tiny):
@@ -286,7 +311,7 @@ def test_blocks_come_to_the_device_only_while_they_run(tiny):
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}
     offload(unet, "meta")
     places = []
-    unet.mid_block.resnets[0].conv1.register_forward_hook(
+    unet.mid_block.resnets[0].conv1.register_forward_pre_hook(
         lambda *_: places.append((unet.mid_block.resnets[0].conv1.weight.device.type, unet.conv_in.weight.device.type)))
     out = unet(*(torch.empty(shape, device="meta") for shape in ((1, 4, 8, 8), (1,), (1, 3, 16))))
     assert out.device.type == "meta" and places == [("meta", "cpu")]
@@ -302,6 +327,21 @@ def test_low_memory_paints_the_same(saved, tiny):
     again = low.to("meta").to("meta").to("cpu")(CAPTION, n=2, output="tensor", **FAST)
     assert torch.equal(again, images)  # a device that was left is no longer used
     assert not any(module._forward_hooks for module in low.unet.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_with_little_memory_all_networks_work_on_the_device_and_rest_elsewhere(saved, dtype):
+    low = StableDiffusion.from_pretrained(saved, memory="low", dtype=dtype).to("meta")
+    layers = [layer for part in (low.unet, low.vae, low.text_encoder) for layer in part.modules()
+              if any(p is not None for p in layer._parameters.values())]
+    worked = set()
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, _: worked.add((layer, next(layer.parameters()).device.type)))
+    assert low.encode_text([CAPTION]).device.type == "meta"
+    assert low(CAPTION, output="tensor", **FAST).device.type == "meta"
+    assert low.encode(torch.empty(1, 3, 64, 64, device="meta")).device.type == "meta"
+    assert {place for _, place in worked} == {"meta"} and {layer for layer, _ in worked} == set(layers)
+    assert all(p.device.type == "cpu" for part in (low.unet, low.vae, low.text_encoder) for p in part.parameters())
 
 
 # To disk and back

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import StackDataset, TensorDataset
 
 from diffusionbook.data import emoji
-from diffusionbook.denoising import Denoiser, min_snr
+from diffusionbook.denoising import Denoiser, Wrapped, min_snr
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.training import (
     DIGIT_FONTS,
@@ -168,6 +168,19 @@ def test_weights_say_how_often_a_picture_is_drawn():
     assert share == pytest.approx([0, 0.25, 0.25, 0.5], abs=0.04)  # 2000 draws: four standard deviations
 
 
+@pytest.mark.parametrize("weights", [torch.ones(4, 1), torch.zeros(4), torch.tensor([1.0, -1, 1, 1]),
+                                     [1.0, math.nan, 1, 1], torch.ones(3)])
+def test_weights_that_make_no_sense(weights):
+    with pytest.raises(ValueError, match="weights must be one number for each of the 4 pictures"):
+        train(Line(), torch.ones(4, 2), line_loss, steps=1, lr=0.01, batch=2, weights=weights, progress=False)
+
+
+def test_weights_may_be_counts():
+    found = [train(Line(), torch.arange(8.0).view(4, 2), line_loss, steps=5, lr=0.01, batch=2, progress=False,
+                   weights=weights).weights for weights in (torch.tensor([1, 2, 3, 4]), [1.0, 2.0, 3.0, 4.0])]
+    assert same(*found)
+
+
 def test_balanced_weights():
     weights = balanced_weights(["cat", "hand", "hand", "hand", "hand"])
     assert weights.tolist() == [1, 0.5, 0.5, 0.5, 0.5]
@@ -253,8 +266,8 @@ def test_evaluate_sees_the_average_in_evaluation_mode_and_training_goes_on(tmp_p
     ({"clip": 0}, "clip must be above 0, got 0"),
     ({"clip": -1.0}, "clip must be above 0"),
     ({"clip": float("nan")}, "clip must be above 0"),
-    ({"weights": torch.ones(3)}, "one entry for each of the 200 pictures, got 3"),
-    ({"weights": torch.ones(300)}, "one entry for each of the 200 pictures, got 300"),
+    ({"weights": torch.ones(3)}, "one number for each of the 200 pictures, .*got shape \\(3,\\)"),
+    ({"weights": torch.ones(300)}, "one number for each of the 200 pictures, .*got shape \\(300,\\)"),
     ({"net": Line().half()}, "lost on weights in torch.float16; train in float32"),
     ({"net": Line().bfloat16()}, "lost on weights in torch.bfloat16; train in float32"),
 ])
@@ -428,6 +441,11 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="belongs to another network; choose another folder"):
         train(nn.Linear(3, 3), torch.ones(4, 3), line_loss, steps=40, lr=0.1, folder=tmp_path, progress=False)
     assert (tmp_path / "state.pt").read_bytes() == before
+    other = nn.ModuleDict({"weight": nn.Linear(1, 1)})
+    kept = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match="its tensors have other names or shapes"):
+        train(other, torch.ones(4, 1), line_loss, steps=40, lr=0.1, folder=tmp_path, progress=False)
+    assert same(other.state_dict(), kept)
     (tmp_path / "state.pt").write_bytes(before[:-200])
     with pytest.raises(ValueError, match="is damaged or belongs"):
         run(tmp_path, steps=40)
@@ -681,6 +699,23 @@ def test_a_recipe_trains_saves_and_loads(recipe, tmp_path):
     assert torch.isfinite(told[0]).all() and not torch.equal(*told)
 
 
+@pytest.mark.parametrize("old, new, table", [
+    ('prediction = "v"', 'prediction = "epsilon"', "loss"), ('"cosine"', '"linear"', "schedule"),
+    ("groups = 4", "groups = 2", "network"),
+])
+def test_a_folder_belongs_to_its_recipe(recipe, tmp_path, old, new, table):
+    """Else a network would be saved under another recipe's prediction and schedule."""
+    run_recipe(recipe, folder=tmp_path / "run", steps=2, progress=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    recipe.write_text(RECIPE.replace(old, new))
+    with pytest.raises(ValueError, match=rf"another table \[{table}\]; choose another folder"):
+        run_recipe(recipe, folder=tmp_path / "run", progress=False)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    recipe.write_text(RECIPE.replace("lr = 1e-3", "lr = 1e-4"))
+    run_recipe(recipe, folder=tmp_path / "run", progress=False)  # how to train may change
+    assert [row["step"] for row in log(tmp_path / "run")] == [2, 4]
+
+
 def test_a_recipe_without_classes(recipe, tmp_path):
     recipe.write_text(RECIPE.replace('classes = ["digit"]\n', ""))
     denoise = run_recipe(recipe, folder=tmp_path / "run", steps=1, progress=False)
@@ -719,6 +754,13 @@ def test_a_recipe_that_is_not_there_or_no_text(tmp_path):
     (tmp_path / "recipe.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="recipe.toml is not valid TOML"):
         read_recipe(tmp_path / "recipe.toml")
+
+
+def test_guidance_is_not_saved(tmp_path):
+    denoise = Denoiser(UNet(UNetConfig(**TINY)), NoiseSchedule.linear(), "epsilon")
+    with pytest.raises(ValueError, match="save the Denoiser inside"):
+        save_denoiser(tmp_path / "x", Wrapped(denoise, denoise))
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_is_saved_can_be_read_again(tmp_path):

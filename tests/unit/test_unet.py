@@ -137,6 +137,20 @@ def test_inputs_of_another_shape_are_refused(shape):
         network(SMALL)(torch.zeros(shape), torch.tensor([1, 2]), torch.zeros(2, 5, 10))
 
 
+def test_without_padding_only_even_sizes_come_back():
+    """28 → 14 → 7 → 3 → 6: the way up would meet a memory of 7."""
+    config = dataclasses.replace(SMALL, down_padding=0)
+    with pytest.raises(ValueError, match=r"with H and W multiples of 2, got \(2, 4, 9, 8\)"):
+        network(config)(torch.zeros(2, 4, 9, 8), torch.tensor([1, 2]), torch.zeros(2, 5, 10))
+    assert network(config)(torch.zeros(2, 4, 6, 8), torch.tensor([1, 2]), torch.zeros(2, 5, 10)).shape[2:] == (6, 8)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 0.5])
+def test_a_shift_of_time_is_kept(shift):
+    config = dataclasses.replace(SMALL, time_shift=shift)
+    assert UNetConfig.from_config(config.to_config()).time_shift == shift
+
+
 def test_residual_blocks_double_even_sizes_only():
     config = dataclasses.replace(SMALL, residual_resampling=True)
     with pytest.raises(ValueError, match=r"with H and W multiples of 2, got \(2, 4, 9, 8\)"):
