@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from diffusionbook.dalle import DallE, DalleConfig, DalleTransformer, from_gpt2, keep_likely, sample_codes, to_gpt2
 from diffusionbook.data import to_pil
@@ -289,6 +290,7 @@ def test_a_folder_without_a_transformer_is_refused(pipeline, tmp_path):
     ({"n": 4, "rerank": LikesBright(), "candidates": 3}, "at least n=4"),
     ({"rerank": LikesBright(), "candidates": 0}, "at least n=1"),
     ({"seed": -1}, "the seed must lie in"), ({"seed": 2**70}, "the seed must lie in"),
+    ({"seed": 1.5}, "be a whole number, got 1.5"), ({"seed": "a"}, "be a whole number, got 'a'"),
 ])
 def test_impossible_wishes_are_refused(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
@@ -305,6 +307,13 @@ def test_what_cannot_be_completed_is_refused(pipeline, image, rows):
 def test_images_of_the_wrong_range_are_refused(pipeline):
     with pytest.raises(ValueError, match="divide by 127.5"):
         pipeline.complete(torch.full((1, 3, 16, 16), 9.0), "pizza", progress=False)
+    with pytest.raises(ValueError, match="pictures must be PIL images"):
+        pipeline.complete(torch.zeros(1, 3, 16, 16).numpy(), "pizza", progress=False)
+
+
+def test_a_list_of_one_picture_is_completed(pipeline):
+    picture, options = Image.new("RGB", (16, 16), "red"), {"seed": 1, "progress": False, "output": "tensor"}
+    assert torch.equal(pipeline.complete([picture], "pizza", **options), pipeline.complete(picture, "pizza", **options))
 
 
 @pytest.mark.parametrize("change", [

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -162,6 +163,19 @@ def test_a_picture_depends_on_its_caption_and_seed_alone(tiny):
     assert (tiny("pizza", seed=22, **QUICK) - whole[2:3]).abs().max() < 2 / 255
     assert (whole[0] - whole[1]).abs().mean() > 0.01
     assert (tiny("red heart", seed=22, **QUICK) - whole[2:3]).abs().mean() > 0.001
+
+
+def test_seeds_of_all_sizes_and_no_others(tiny):
+    """Each part has a seed of its own, far from the picture's; the largest must not run over."""
+    last = tiny("pizza", seed=2**63 - 1, **QUICK)
+    assert last.isfinite().all() and not torch.equal(last, tiny("pizza", seed=0, **QUICK))
+    for seed in (-1, 2**63, 1.5, "a"):
+        for paint in (partial(tiny, "pizza"), partial(tiny.variations, pictures(1)),
+                      partial(tiny.interpolate, pictures(1), pictures(1))):
+            with pytest.raises(ValueError, match=r"seed must lie in 0…2⁶³-1 and be a whole number, got"):
+                paint(seed=seed)
+    with pytest.raises(ValueError, match="must have shape|captions"):
+        tiny.paint(torch.zeros(2, 12), "pizza")
 
 
 def test_pil_pictures_and_other_samplers(tiny):

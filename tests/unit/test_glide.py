@@ -389,7 +389,7 @@ def test_inpainting_keeps_what_is_known(trained):
     other = pipe.inpaint(-image, mask, "pizza", n=2, **FAST)  # what is known changes what is painted
     assert (painted[..., 8:] - other[..., 8:]).abs().mean() > 1e-3
     picture = Image.new("RGB", (16, 16), "white")
-    kept = pipe.inpaint(picture, mask[None, None], "pizza", **FAST | {"output": "pil"})[0]
+    kept = pipe.inpaint([picture], mask[None, None], "pizza", **FAST | {"output": "pil"})[0]
     assert kept.getpixel((0, 0)) == (255,) * 3
 
 
