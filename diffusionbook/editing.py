@@ -319,6 +319,8 @@ class LoRA(nn.Module):
         return self
 
     def _add(self, addition: LowRank, layer: nn.Module, args, output: Tensor) -> Tensor:
+        if addition.up.weight.device != output.device:  # the pipeline moved, or its weights are elsewhere at rest
+            addition.to(output.device)
         return output + self.scale * addition(args[0])
 
     def detach(self) -> None:
@@ -335,7 +337,7 @@ class LoRA(nn.Module):
         self.detach()
         scale = self.scale if scale is None else scale
         for name, layer in self.layers.items():
-            layer.weight += scale * self.addition(name).weight().view_as(layer.weight)
+            layer.weight += scale * self.addition(name).weight().view_as(layer.weight).to(layer.weight)
 
     def save(self, path, *, dtype: torch.dtype | None = None) -> None:
         """Write a safetensors file in the layout of diffusers and PEFT, which `load_lora` reads too.

@@ -220,6 +220,14 @@ def test_cuda_paints_the_emoji_of_the_cpu(exact, sampler):
 
 
 @pytest.mark.gpu
+def test_cuda_with_little_memory_paints_the_emoji_of_the_cpu(exact):
+    painter = StableDiffusion.from_pretrained("emoji", memory="low")
+    cpu, cuda = both_devices(painter, ["red heart, noto style"], steps=10)
+    assert abs(cpu - cuda).max() <= 2
+    assert all(p.device.type == "cpu" for p in painter.unet.parameters())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_on_cuda_is_close(tiny, tmp_path, dtype):
     tiny.save_pretrained(tmp_path)

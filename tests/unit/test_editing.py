@@ -603,6 +603,18 @@ def test_a_controlnet_of_another_type_is_refused(painter):
         painter.with_controlnet(ControlNet.beside(painter.unet).half())
 
 
+def test_additions_follow_a_pipeline_to_its_device(tiny, picture, tmp_path):
+    """With little memory the weights stay behind; what is added to their layers works on the device all the same."""
+    tiny.save_pretrained(tmp_path)
+    for memory in (None, "low"):
+        low = StableDiffusion.from_pretrained(tmp_path, memory=memory)
+        lora, control = LoRA(low, rank=2).attach(), ControlNet.beside(low.unet).to("meta")
+        low.to("meta")
+        assert low.with_controlnet(control)(CAPTION, picture, **FAST).device.type == "meta"
+        assert low.img2img(picture, CAPTION, **FAST).device.type == "meta"
+        assert {p.device.type for p in lora.parameters()} == {"meta"}
+
+
 def test_a_lora_with_nan_is_not_saved(painter, tmp_path):
     lora = filled(LoRA(painter, rank=2))
     next(lora.parameters()).data[0] = torch.nan
