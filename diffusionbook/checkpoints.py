@@ -446,6 +446,7 @@ class Model(nn.Module):
         """
         state, placed = rename(state, self.dialects), {}
         own, dtype = self.state_dict(), dtype or self.dtype
+        anew = any(tensor.is_meta or tensor.dtype != dtype for tensor in own.values())  # or an optimizer keeps its hold
         check_keys(own, state, where=where)
         for key, tensor in state.items():
             if tensor.shape != own[key].shape:
@@ -454,12 +455,11 @@ class Model(nn.Module):
                     "check that config and weights belong together"
                 )
             place = tensor.device if own[key].is_meta else own[key].device
-            placed[key] = tensor.to(place, dtype, copy=not own[key].is_meta)
+            placed[key] = tensor.to(place, dtype, copy=anew and not own[key].is_meta)
             if not is_finite(placed[key]):
                 raise ValueError(f"{where}: {key} holds NaN or infinity as {dtype}; the file was damaged, training "
                                  "diverged, or the type is too narrow")
-        alike = all(tensor.dtype == own[key].dtype and not own[key].is_meta for key, tensor in placed.items())
-        self.load_state_dict(placed, assign=not alike)  # an optimizer keeps its hold of parameters that stay
+        self.load_state_dict(placed, assign=anew)
         return self
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None, leave_out: Collection[str] = ()) -> None:

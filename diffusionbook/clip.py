@@ -181,7 +181,7 @@ class CLIPConfig:
         """
         model, colours = ((open_clip or {}).get(part) or {} for part in ("model_cfg", "preprocess_cfg"))
         text, vision = (model.get(f"{tower}_cfg") or {} for tower in ("text", "vision"))
-        for key, value in (text | vision).items():
+        for key, value in (*text.items(), *vision.items()):
             if value and key not in OPEN_CLIP and value not in OPEN_CLIP_DEFAULTS:
                 raise ValueError(f"open_clip's option {key}={value!r} is not supported; this class is the plain CLIP")
         activation = "gelu" if open_clip and not model.get("quick_gelu", False) else "quick_gelu"

@@ -87,9 +87,9 @@ def img2img(pipeline: StableDiffusion, image, prompt, *, strength: float = 0.6, 
     times = timesteps(pipeline.schedule, steps, spacing=spacing)[steps - kept:]
     clean = pipeline.encode(images)
     latents = pipeline.schedule.add_noise(clean, noise_source(seed)(clean), times[0])
-    denoise = pipeline.denoiser(captions, negative=negative, guidance=guidance, **_of_denoiser(options))
-    facts = {"edit": f"img2img, strength {strength}", "steps": steps, "spacing": spacing, "negative": negative,
-             "guidance": guidance}
+    wishes = {"negative": negative, "guidance": guidance, **_of_denoiser(options)}
+    denoise = pipeline.denoiser(captions, **wishes)
+    facts = {"edit": f"img2img, strength {strength}", "steps": steps, "spacing": spacing, **wishes}
     return pipeline.paint(denoise, latents.shape, captions=captions, facts=facts if metadata else None, times=times,
                           latents=latents, seed=seed, **options)
 
@@ -126,7 +126,8 @@ def inpaint(pipeline: StableDiffusion, image, mask, prompt, *, n: int = 1, negat
     if len(mask) not in (1, len(images)):
         raise ValueError(f"{len(mask)} masks don't go with {len(images)} pictures; give one, or as many")
     mask = mask.expand(len(images), -1, -1, -1)
-    guide = partial(pipeline.denoiser, captions, negative=negative, guidance=guidance, **_of_denoiser(options))
+    wishes = {"negative": negative, "guidance": guidance, **_of_denoiser(options)}
+    guide = partial(pipeline.denoiser, captions, **wishes)
     clean = pipeline.encode(images if not pipeline.extra_channels else images * (1 - mask))
     if pipeline.extra_channels:
         small = mask[:, :, ::factor, ::factor].to(clean)  # (B, 1, h, w)
@@ -134,7 +135,7 @@ def inpaint(pipeline: StableDiffusion, image, mask, prompt, *, n: int = 1, negat
     else:
         hole = F.max_pool2d(mask, factor).to(clean.device) > 0  # any pixel to paint, and all its latent is painted
         denoise = keep_known(guide(), clean, hole)
-    facts = {"edit": "inpaint", "negative": negative, "guidance": guidance}
+    facts = {"edit": "inpaint", **wishes}
     return pipeline.paint(denoise, clean.shape, captions=captions, facts=facts if metadata else None, seed=seed,
                           **options)
 
@@ -208,9 +209,10 @@ def edit_words(pipeline: StableDiffusion, source: str, target: str, *, share: fl
              for name, layer in pipeline.unet.named_modules() if name.endswith("attn2")]
     shape = (2, pipeline.vae.config.latent_channels, *pipeline.latent_size(size))
     start, fresh = _one_noise(sampler, seed, shape)
-    facts = {"edit": f"words, share {share}", "seed": seed, "negative": negative, "guidance": guidance}
+    wishes = {"negative": negative, "guidance": guidance, **_of_denoiser(options)}
+    facts = {"edit": f"words, share {share}", "seed": seed, **wishes}
     try:
-        denoise = pipeline.denoiser([source, target], negative=negative, guidance=guidance, **_of_denoiser(options))
+        denoise = pipeline.denoiser([source, target], **wishes)
         return pipeline.paint(denoise, shape, captions=[source, target], facts=facts if metadata else None,
                               steps=steps, sampler=sampler, seed=seed, latents=start, on_step=count, **fresh, **options)
     finally:
@@ -219,7 +221,7 @@ def edit_words(pipeline: StableDiffusion, source: str, target: str, *, share: fl
 
 
 def prompt_film(pipeline: StableDiffusion, captions: list[str], *, frames: int = 8, sampler: str = "dpmpp_2m",
-                size: tuple[int, int] | None = None, negative: str = "", guidance: float = 3.0, clip_skip: int = 0,
+                size: tuple[int, int] | None = None, negative: str = "", guidance: float = 3.0,
                 seed: int = 0, metadata: bool = True, **options) -> list[Image.Image] | Tensor:
     """Pictures on the way from each caption to the next, `frames` a way, all from the same noise.
 
@@ -229,17 +231,15 @@ def prompt_film(pipeline: StableDiffusion, captions: list[str], *, frames: int =
     if isinstance(captions, str) or len(captions) < 2 or frames < 1:
         raise ValueError(f"a film needs a list of two captions or more, and a frame on each way, got {captions!r} and "
                          f"frames={frames}")
-    stops = pipeline.encode_text(captions, clip_skip=clip_skip)
+    wishes = {"negative": negative, "guidance": guidance, **_of_denoiser(options)}
+    stops = pipeline.encode_text(captions, clip_skip=wishes.get("clip_skip", 0))
     rows = [torch.lerp(a, b, i / frames) for a, b in zip(stops, stops[1:], strict=False) for i in range(frames)]
     context = torch.stack([*rows, stops[-1]])  # (frames · ways + 1, M, width)
     told = [f"{a} ({i}/{frames} of the way to {b})" if i else a
             for a, b in zip(captions, captions[1:], strict=False) for i in range(frames)] + captions[-1:]
     shape = (len(context), pipeline.vae.config.latent_channels, *pipeline.latent_size(size))
     start, fresh = _one_noise(sampler, seed, shape)
-    denoise = pipeline.denoiser(context, negative=negative, guidance=guidance, clip_skip=clip_skip,
-                                **_of_denoiser(options))
-    facts = {"seed": seed, "negative": negative, "guidance": guidance}
-    facts |= {"clip_skip": clip_skip} if clip_skip else {}
+    denoise, facts = pipeline.denoiser(context, **wishes), {"seed": seed, **wishes}
     return pipeline.paint(denoise, shape, captions=told, facts=facts if metadata else None, sampler=sampler, seed=seed,
                           latents=start, **fresh, **options)
 
@@ -742,9 +742,9 @@ def with_controlnet(pipeline: StableDiffusion, control: ControlNet):
         hint = _as_hints(hint, len(captions))
         shape = (len(captions), pipeline.vae.config.latent_channels, *pipeline.latent_size(tuple(hint.shape[2:])))
         network = Controlled(pipeline.unet, control, hint, strength=strength)
-        denoise = pipeline.denoiser(captions, negative=negative, guidance=guidance, network=network,
-                                    **_of_denoiser(options))
-        facts = {"edit": f"controlnet, strength {strength}", "negative": negative, "guidance": guidance}
+        wishes = {"negative": negative, "guidance": guidance, **_of_denoiser(options)}
+        denoise = pipeline.denoiser(captions, network=network, **wishes)
+        facts = {"edit": f"controlnet, strength {strength}", **wishes}
         return pipeline.paint(denoise, shape, captions=captions, facts=facts if metadata else None, **options)
 
     return paint

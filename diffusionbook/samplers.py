@@ -419,7 +419,8 @@ def sample(denoise: Denoiser, shape: tuple[int, ...], *, sampler: str = "dpmpp_2
     if latents is None and (first := levels(denoise.schedule, times)[0]).lam > 0:
         raise ValueError(f"at time {times[0]} there is more picture than noise ({first.alpha:.2f} of one and "
                          f"{first.sigma:.2f} of the other), and noise alone is no such state; begin at a higher time "
-                         "(spacing=\"trailing\" begins at the highest), or give latents")
+                         "(spacing=\"trailing\" begins at the highest), take a schedule that ends in noise, or give "
+                         "latents")
     if latents is not None and tuple(latents.shape) != tuple(shape):
         raise ValueError(f"latents must have shape {tuple(shape)}, got {tuple(latents.shape)}")
     source = noise_source(seed)

@@ -5,9 +5,8 @@
 
 First on the training split alone, to measure it on pictures that it never saw. Then an eighth as long on all real
 pictures, because the judge of painted pictures should know every real one. With `--strokes` the judge that ships keeps
-all but its eye for strokes, which learns anew in the same two stages: from real pictures, and as often from what the
-VAE that ships restores of them, because most painted ones come out of it too. Resumable: the same command goes on
-where it stopped. At the end the weights go to diffusionbook/weights/emoji/judge.
+all but its eye for strokes, which learns anew in the same two stages. Resumable: the same command goes on where it
+stopped. At the end the weights go to diffusionbook/weights/emoji/judge.
 """
 
 from collections import Counter
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from shared import SHIPPED, UNSEEN, options, report_unseen
 from torch.utils.data import StackDataset
 
-from diffusionbook.autoencoders import VAE
 from diffusionbook.data import SPLITS, emoji, pick_device
 from diffusionbook.metrics import Judge, JudgeConfig
 from diffusionbook.training import balanced_weights, has_bf16, train
@@ -42,12 +40,6 @@ def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     softness, roughness = between(0, 0.7, 1, 1, 1), between(0, 0.1, 1, 1, 1)
     mixed = torch.lerp(moved, soft, softness) * between(0.92, 1.0, 3, 1, 1)
     return (mixed + roughness * torch.randn(images.shape, generator=generator).to(images.device)).clamp(-1, 1)
-
-
-@torch.no_grad()
-def restore(vae: VAE, images: torch.Tensor) -> torch.Tensor:
-    """What is left of pictures (B, 3, 64, 64) that went through the VAE."""
-    return torch.cat([vae.decode(vae.encode(part.to(vae.device)).mean).clamp(-1, 1).cpu() for part in images.split(64)])
 
 
 def weighed(report: Callable[[list[int]], dict[str, float]], unseen: list[dict], whole: list[dict]) -> dict[str, float]:
@@ -80,8 +72,6 @@ def main(folder: Path, steps: int, batch: int, ship: Path, strokes: bool) -> Non
                                for key, value in judge.state_dict().items()})
         for key, parameter in judge.named_parameters():
             parameter.requires_grad_(key.startswith(STROKES))
-        vae = VAE.from_pretrained(SHIPPED / "vae").to(device)
-        restored = {split: restore(vae, part) for split, part in images.items()}
 
     unseen = torch.cat([images[split] for split in UNSEEN]), [a for split in UNSEEN for a in attributes[split]]
     asked = ("style",) if strokes else ("style", "group", "tone", "name", "name in 5")
@@ -90,24 +80,13 @@ def main(folder: Path, steps: int, batch: int, ship: Path, strokes: bool) -> Non
         found = judge.report(pictures, attributes)
         return {part: found[part] for part in asked}
 
-    def report_split(split: str) -> dict[str, float]:
-        found = report(images[split], attributes[split])
-        return found | ({"style, restored": report(restored[split], attributes[split])["style"]} if strokes else {})
-
     def learn(names: tuple[str, ...], steps: int, lr: float, stage: str) -> None:
         described = [a for split in names for a in attributes[split]]
-        columns = {"images": torch.cat([images[split] for split in names]), **judge.labels(described)}
-        if strokes:
-            columns["restored"] = torch.cat([restored[split] for split in names])
-        data = StackDataset(**columns)
+        data = StackDataset(images=torch.cat([images[split] for split in names]), **judge.labels(described))
 
         def loss(judge: Judge, batch: dict, generator: torch.Generator):
             with torch.autocast(batch["images"].device.type, enabled=False):  # a grid is too fine for bfloat16
-                seen = batch["images"]
-                if strokes:
-                    through = torch.rand(len(seen), 1, 1, 1, generator=generator).to(device) < 0.5
-                    seen = torch.where(through, batch["restored"], seen)
-                seen = vary(seen, generator)
+                seen = vary(batch["images"], generator)
             answers = {"style": judge.style(seen)} if strokes else judge(seen)
             truth = batch | {"style at large": batch["style"]}
             return sum(F.cross_entropy(logits.float(), truth[part], label_smoothing=0.1)
@@ -118,7 +97,7 @@ def main(folder: Path, steps: int, batch: int, ship: Path, strokes: bool) -> Non
               weight_decay=0.05, evaluate=lambda: report(*unseen)).swap(judge)
 
     learn(("train",), steps, 2e-3 * (batch / 64) ** 0.5, "train")
-    report_unseen(report_split)
+    report_unseen(lambda split: report(images[split], attributes[split]))
     print("weighed like the data set:", weighed(
         lambda index: report(unseen[0][index], [unseen[1][i] for i in index]), unseen[1],
         [a for part in attributes.values() for a in part]))

@@ -175,7 +175,8 @@ def test_both_towers_equal_open_clip(open_clip, tmp_path, quick, kind):
 ])
 def test_what_tensors_do_not_tell_is_not_guessed(open_clip, tmp_path, tower, option):
     """Such a CLIP has the tensors of a plain one, and other answers."""
-    towers = {"text": {}, "vision": {}} | {tower: option}
+    towers = {"text": {"pool_type": "argmax"}, "vision": {"pool_type": "tok"}}  # said of one tower, not of the other
+    towers[tower] = towers[tower] | option
     model = open_clip_config(False, **towers)
     state = open_clip.CLIP(**model).state_dict()
     assert state.keys() == open_clip.CLIP(**open_clip_config(False)).state_dict().keys()

@@ -520,3 +520,9 @@ def test_the_table_is_written_twice_with_the_same_bytes(rows, tmp_path):
         build_emoji.write_table([dict(row) for row in some], tmp_path / name)
     once, twice = ((tmp_path / name).read_bytes() for name in ("once", "twice"))
     assert once == twice and len(once) > 100_000
+
+
+@pytest.mark.parametrize("seconds", [-3, 0, 400])
+def test_a_film_that_no_file_can_hold(seconds):
+    with pytest.raises(ValueError, match="can't be shared by 3 pictures: each needs from 0.001 to 60"):
+        film(torch.zeros(3, 3, 8, 8), seconds=seconds)

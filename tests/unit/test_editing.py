@@ -630,3 +630,12 @@ def test_a_word_that_exists_can_t_be_new(painter):
         add_word(painter, known, vector)
     for _ in range(2):  # who runs a cell twice learns a word anew
         add_word(painter, "zorb", vector)
+
+
+def test_edits_say_how_they_were_made(tiny, picture):
+    options = {"rescale": 0.5, "eta": 1.0, "sampler": "ddim", "spacing": "linspace", "steps": 4, "progress": False}
+    mask = torch.ones(64, 64)
+    for found in (tiny.img2img(picture, CAPTION, **options), tiny.inpaint(picture, mask, CAPTION, **options),
+                  edit_words(tiny, CAPTION, "pizza", **options), prompt_film(tiny, [CAPTION, "pizza"], **options)):
+        told = {name: found[0].info[name] for name in options if name != "progress"}
+        assert told == {"rescale": "0.5", "eta": "1.0", "sampler": "ddim", "spacing": "linspace", "steps": "4"}

@@ -281,3 +281,12 @@ def test_a_recipe_that_is_none(run, recipe, tmp_path):
     recipe.write_text("steps = 3")
     refused(run("train", recipe), "tiny.toml", "tables")
     refused(run("train"), "recipe")
+
+
+@pytest.mark.parametrize("name", ["heart.h5", "heart.xbm"])  # Pillow knows these, and can't write colours as such
+def test_a_kind_of_picture_that_cannot_be_written(run, model, tmp_path, name):
+    refused(run("generate", "red heart", "--model", model, "--out", tmp_path / name), "kind of picture", "heart.png")
+
+
+def test_a_caption_that_is_no_text(run, model, tmp_path):
+    refused(run("generate", "heart \udcff", "--model", model, "--out", tmp_path / "x.png"), "no text in UTF-8")

@@ -689,3 +689,8 @@ def test_the_miniature_minds_its_words(emoji_painter):
 def test_a_negative_caption_needs_guidance(tiny):
     with pytest.raises(ValueError, match="negative works through guidance, which 1 turns off"):
         tiny("pizza", negative="blurry", guidance=1, steps=1, progress=False)
+
+
+def test_a_folder_has_its_own_tokenizer(saved, tiny):
+    with pytest.raises(ValueError, match="tokenizer is for a single file"):
+        StableDiffusion.from_pretrained(saved, tokenizer=tiny.tokenizer)
