@@ -48,8 +48,8 @@ def uniform_kl(log_probs: Tensor) -> Tensor:
     At each place it is log(codes) minus the entropy. One number for each picture: what a batch costs is their mean.
     (Ramesh et al. 2021, eq. 1.) Defined in chapter 12.
     """
-    surprise = (log_probs.exp() * log_probs).sum(1)  # minus the entropy: (B, …)
-    return (math.log(log_probs.shape[1]) + surprise).reshape(len(log_probs), -1).sum(1)
+    minus_entropy = (log_probs.exp() * log_probs).sum(1)  # (B, …)
+    return (math.log(log_probs.shape[1]) + minus_entropy).reshape(len(log_probs), -1).sum(1)
 
 # %% ../book/12_discrete_codes.ipynb #27369c15
 def map_pixels(images: Tensor) -> Tensor:
@@ -374,7 +374,7 @@ class VQ(DiscreteAutoencoder):
     def choose(self, features: Tensor) -> Tensor:
         """The code whose vector is nearest: (B, embedding, h, w) → (B, h, w)."""
         x = features.permute(0, 2, 3, 1)  # (B, h, w, embedding)
-        # |x - e|² without |x|², which is the same for all e
+        # |x - c|² without |x|², which is the same for all entries c
         return (self.codebook.square().sum(1) - 2 * x @ self.codebook.T).argmin(-1)
 
     def look_up(self, codes: Tensor) -> Tensor:
@@ -405,16 +405,16 @@ class VQ(DiscreteAutoencoder):
 
     @torch.no_grad()
     def as_dvae(self) -> DVAE:
-        """The `DVAE` that makes the same choices: the vector e nearest to x is the one with the largest e·x - |e|²/2.
+        """The `DVAE` that makes the same choices: the entry c nearest to x is the one with the largest c·x - |c|²/2.
 
-        That is linear in x, so the encoder's last convolution can say it, and the decoder's first can look e up.
+        That is linear in x, so the encoder's last convolution can say it, and the decoder's first can look c up.
         """
         state = {key: value for key, value in self.state_dict().items() if key.startswith(("encoder.", "decoder."))}
-        last, first, e = "encoder.blocks.output.conv", "decoder.blocks.input", self.codebook  # e: (codes, embedding)
-        state[f"{last}.b"] = e @ state[f"{last}.b"] - e.square().sum(1) / 2
-        state[f"{last}.w"] = torch.einsum("ke,ecyx->kcyx", e, state[f"{last}.w"])
-        state[f"{first}.w"] = torch.einsum("deyx,ke->dkyx", state[f"{first}.w"], e)
-        dvae = DVAE(self.config).to(e)
+        last, first, c = "encoder.blocks.output.conv", "decoder.blocks.input", self.codebook  # c: (codes, embedding)
+        state[f"{last}.b"] = c @ state[f"{last}.b"] - c.square().sum(1) / 2
+        state[f"{last}.w"] = torch.einsum("ke,edyx->kdyx", c, state[f"{last}.w"])
+        state[f"{first}.w"] = torch.einsum("deyx,ke->dkyx", state[f"{first}.w"], c)
+        dvae = DVAE(self.config).to(c)
         dvae.load_state_dict(state)
         return dvae.train(self.training)
 

@@ -489,25 +489,25 @@ from typing import NamedTuple
 def _obtuse_bases(tensor: Tensor) -> Tensor:
     """For each tensor, d + 1 whole-number vectors of sum 0, no two of which meet at an acute angle.
 
-    tensor: (d, d, N), float64. Returns (d + 1, d, N). Angles are measured by the tensor: e_i . D e_j <= 0.
+    tensor: (d, d, N), float64. Returns (d + 1, d, N). Angles are measured by the tensor: v_i . D v_j <= 0.
     """
     d, tiny = len(tensor), 1e-12 * tensor.diagonal().sum(-1)
     start = torch.cat([torch.eye(d), -torch.ones(1, d)]).to(tensor)
     found = start.unsqueeze(-1).repeat(1, 1, tensor.shape[-1])
-    todo, e = torch.arange(tensor.shape[-1], device=tensor.device), found.clone()
+    todo, v = torch.arange(tensor.shape[-1], device=tensor.device), found.clone()
     while todo.numel():
         turned = torch.zeros_like(todo, dtype=torch.bool)
         for i, j in combinations(range(d + 1), 2):
-            angle = (e[i].unsqueeze(1) * tensor * e[j]).sum((0, 1))
+            angle = (v[i].unsqueeze(1) * tensor * v[j]).sum((0, 1))
             acute = angle > tiny
-            turn = torch.where(acute, e[i], 0)
+            turn = torch.where(acute, v[i], 0)
             for k in range(d + 1):
                 if k not in (i, j):
-                    e[k] += 2 / (d - 1) * turn
-            e[i] -= 2 * turn  # e_i -> -e_i; the others take up the change, so that the sum stays 0
+                    v[k] += 2 / (d - 1) * turn
+            v[i] -= 2 * turn  # v_i -> -v_i; the others take up the change, so that the sum stays 0
             turned |= acute
-        found[..., todo] = e
-        todo, e, tensor, tiny = todo[turned], e[..., turned], tensor[..., turned], tiny[turned]
+        found[..., todo] = v
+        todo, v, tensor, tiny = todo[turned], v[..., turned], tensor[..., turned], tiny[turned]
     return found
 
 

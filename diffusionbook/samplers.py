@@ -182,11 +182,11 @@ def ddpm(denoise: Denoiser, x: Tensor, times: Times, *, variance: str | None = N
     if variance not in (None, "small", "large", "learned"):
         raise ValueError(f'variance must be "small", "large", "learned" or None, got {variance!r}')
     for now, then in pairwise(levels(denoise.schedule, times)):
-        answer, r = denoise(x, now.t), snr_ratio(now, then)
+        answer, known = denoise(x, now.t), snr_ratio(now, then)
         from_x = now.alpha * then.sigma**2 / (then.alpha * now.sigma**2)
-        x = from_x * x + then.alpha * (1 - r) * answer.x0
+        x = from_x * x + then.alpha * (1 - known) * answer.x0
         if then.sigma > 0:
-            small, large = then.sigma * math.sqrt(1 - r), now.sigma * math.sqrt(1 - r)
+            small, large = then.sigma * math.sqrt(1 - known), now.sigma * math.sqrt(1 - known)
             x = x + _deviation(answer, small, large, variance) * noise(x)
         yield x, answer
 

@@ -328,9 +328,9 @@ def sure_loss(
 
 # %% ../book/03_scores.ipynb #7713e003
 class DiffusionBlock(nn.Module):
-    """One explicit step of edge-preserving diffusion as a residual block: x - step * K^T(g K x). (B, C, H, W), same.
+    """One explicit step of edge-preserving diffusion as a residual block: x - step * A^T(g A x). (B, C, H, W), same.
 
-    K is a convolution (two filters, at first the differences to the right and down), g a conductance of the squared
+    A is a convolution (two filters, at first the differences to the right and down), g a conductance of the squared
     gradient. Training may change the filters and the step. `conductance` maps squared gradients to weights; without
     one it is 1, and the block is a step of the heat equation. (Alt et al. 2023.) Defined in chapter 03.
     """

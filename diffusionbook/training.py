@@ -567,13 +567,13 @@ def run_recipe(path, *, folder, device="cpu", steps: int | None = None, progress
     )
     validate = partial(mean_loss, net, unseen, replace(loss, drop=0.0), bf16=recipe["train"]["bf16"])
 
-    def judge() -> dict[str, float]:
+    def evaluate() -> dict[str, float]:
         write_atomically(note, lambda path: Path(path).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf8"))
         return {"validation": validate()}
 
     at_start = 1.0 if loss.prediction == "epsilon" and loss.weight is None else None
     fit = partial(train, net, data, loss, weights=balanced_weights(names), folder=folder, progress=progress,
-                  at_start=at_start, evaluate=judge)
+                  at_start=at_start, evaluate=evaluate)
     average = build("train", fit)
     average.swap(net)
     denoise = Denoiser(net, schedule, loss.prediction)
