@@ -95,7 +95,7 @@ def _train(given: argparse.Namespace) -> None:
 
     from diffusionbook.training import load_denoiser, run_recipe, save_denoiser
 
-    if given.ship is not None and Path(given.ship).name != given.ship:
+    if given.ship is not None and (Path(given.ship).name != given.ship or given.ship == ".."):
         raise ValueError(f"--ship needs a plain name for the weights, got {given.ship!r}")
     folder = given.folder or Path("runs") / given.recipe.stem
     run_recipe(given.recipe, folder=folder, device=_device(given.device), steps=given.steps)

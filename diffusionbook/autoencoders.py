@@ -34,7 +34,7 @@ class DiagonalGaussian:
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw mean + std · noise; a generator on the CPU gives the same noise on every device, in every precision."""
-        noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.mean)
         return self.mean + torch.exp(self.logvar / 2) * noise
 
     def kl(self) -> torch.Tensor:
@@ -337,7 +337,8 @@ class VAE(Model):
     """The KL-autoencoder of Stable Diffusion (Rombach et al. 2022, section 3.1). Defined in chapter 11.
 
     `encode` gives a `DiagonalGaussian` over scaled latents, `decode` takes scaled latents: both sides agree, so
-    that no caller ever multiplies by the scaling factor.
+    that no caller ever multiplies by the scaling factor. After training, bring latents to deviation 1 by
+    `vae.config = replace(vae.config, scaling_factor=1 / deviation)`, with `dataclasses.replace`.
     """
 
     config_class = VAEConfig

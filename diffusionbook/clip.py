@@ -11,6 +11,7 @@ __all__ = ['OPENAI_MEAN', 'OPENAI_STD', 'OPEN_CLIP', 'OPEN_CLIP_DEFAULTS', 'OPEN
 import json
 import math
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -483,6 +484,8 @@ def zero_shot(clip: CLIP, images, classes: dict[str, list[str]]) -> Tensor:
     it gains nothing by being described more often than others.
     images as for `CLIP.score`. Raises `ValueError` for a class without a list of texts. Defined in chapter 14.
     """
+    if not isinstance(classes, Mapping):
+        raise ValueError(f"classes must be a dict, a list of texts for each class, got {type(classes).__name__}")
     if bare := [name for name, described in classes.items() if isinstance(described, str)]:
         raise ValueError(f"each class needs a list of texts, and {bare[0]!r} has a string; put it in a list")
     if not classes or not all(classes.values()):

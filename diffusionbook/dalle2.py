@@ -546,9 +546,8 @@ def _read_scheduler(folder: Path):
     kinds, kind = {theirs: ours for ours, theirs in SAVED.items()}, config.get("prediction_type", "epsilon")
     if kind not in kinds:
         raise ValueError(f"prediction_type={kind!r} in {folder}; expected one of {', '.join(kinds)}")
-    # UnCLIPScheduler knows one schedule only and need not name it
-    schedule = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", **config})
-    return (partial(Denoiser, schedule=schedule, prediction=kinds[kind]), config.get("clip_sample_range", 1.0))
+    make = partial(Denoiser, schedule=NoiseSchedule.from_config(config), prediction=kinds[kind])
+    return make, config.get("clip_sample_range", 1.0)
 
 
 def save_scheduler(folder, denoise: Denoiser, *, limit: float = 1.0) -> None:

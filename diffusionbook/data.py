@@ -52,7 +52,7 @@ def check_images(images: torch.Tensor, *, multiple: int = 1) -> None:
     if not (low >= -1.01 and high <= 1.01):
         raise ValueError(
             f"images must lie in [-1, 1] without NaN, got [{low:.4g}, {high:.4g}]; "
-            "for values from 0 to 255 divide by 127.5 and subtract 1"
+            "for values from 0 to 255 divide by 127.5 and subtract 1; what a network painted needs clamp(-1, 1)"
         )
 
 # %% ../book/00_start_here.ipynb #ch00-29
@@ -82,6 +82,8 @@ def _on_white(picture: Image.Image) -> Image.Image:
     if picture.mode[0] in "IF":  # convert would cut off all that is above 255
         raise ValueError(f"pictures must have 8 bits per colour, got PIL's mode {picture.mode!r}; bring the values to "
                          "0…255 and convert them to uint8 first")
+    if min(picture.size) < 1:
+        raise ValueError(f"a picture needs at least one pixel, got one of {picture.width}×{picture.height}")
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -203,7 +205,9 @@ def check_output(output: str) -> None:
 
 
 def check_negative(negative: str, guidance: float) -> None:
-    """Raise `ValueError` for words to keep away from where no guidance does it. Defined in chapter 00."""
+    """Raise `ValueError` for `negative` that is no string, or where no guidance works by it. Defined in chapter 00."""
+    if not isinstance(negative, str):
+        raise ValueError(f"negative is one string for all pictures, got {type(negative).__name__}")
     if negative and guidance == 1:
         raise ValueError("negative works through guidance, which 1 turns off; give more, or no negative")
 

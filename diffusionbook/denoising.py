@@ -110,7 +110,7 @@ def _shaped(levels: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     return alpha, sigma
 
 # %% ../book/05_denoising.ipynb #b2b1a145
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Condition:
     """What a network is told besides picture and time, each (B, …) or None. Defined in chapter 05."""
 
@@ -124,21 +124,25 @@ class Condition:
         return {name: part for name, part in vars(self).items() if part is not None}
 
     def stack(self, other: "Condition") -> "Condition":
-        """This condition above another one, for one network call on a doubled batch."""
+        """This condition above another one, of as many rows or one, for one network call on a doubled batch."""
         mine, theirs = self.parts(), other.parts()
         if mine.keys() != theirs.keys():
             raise ValueError(f"conditions with different parts can't be stacked: {list(mine)} and {list(theirs)}")
-        return Condition(**{name: torch.cat([mine[name], theirs[name]]) for name in mine})
+        for name, part in theirs.items():
+            if len(part) not in (1, len(mine[name])):
+                raise ValueError(f"{len(part)} rows of {name} don't go with {len(mine[name])}; give one, or as many")
+        rows = {name: part.expand(len(mine[name]), *part.shape[1:]) for name, part in theirs.items()}
+        return Condition(**{name: torch.cat([mine[name], rows[name]]) for name in mine})
 
 
 def _ask(network: Callable, x: Tensor, t, parts: dict[str, Tensor]) -> Tensor:
     """Call a network with one timestep per picture, `concat` as extra channels, and the other parts by name."""
-    t = torch.as_tensor(t, device=x.device).expand(len(x))
+    t = torch.as_tensor(t, dtype=torch.float32 if isinstance(t, float) else None, device=x.device).expand(len(x))
     seen = torch.cat([x, parts["concat"]], dim=1) if "concat" in parts else x
     return network(seen, t, **{name: part for name, part in parts.items() if name != "concat"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Denoiser:
     """A network with everything needed to use it: call it with (x, t) and get a `Prediction`.
 
@@ -161,7 +165,7 @@ class Denoiser:
         return to_prediction(output, x, t, schedule=self.schedule, prediction=self.prediction)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Wrapped:
     """A denoiser whose answers another function gives. Defined in chapter 05."""
 

@@ -27,7 +27,7 @@ def gumbel_noise(shape, generator: torch.Generator | None = None) -> Tensor:
     Drawn in float32 on the CPU, so that a generator gives the same noise on every device. (Maddison et al. 2014.)
     Defined in chapter 12.
     """
-    wait = torch.empty(shape).exponential_(generator=generator)  # -log u
+    wait = torch.empty(shape, dtype=torch.float32, device="cpu").exponential_(generator=generator)  # -log u
     return -wait.clamp(min=torch.finfo(wait.dtype).tiny).log()
 
 # %% ../book/12_discrete_codes.ipynb #e75e3ece
@@ -48,7 +48,8 @@ def uniform_kl(log_probs: Tensor) -> Tensor:
     At each place it is log(codes) minus the entropy. One number for each picture: what a batch costs is their mean.
     (Ramesh et al. 2021, eq. 1.) Defined in chapter 12.
     """
-    minus_entropy = (log_probs.exp() * log_probs).sum(1)  # (B, …)
+    probs = log_probs.exp()
+    minus_entropy = (probs * log_probs.masked_fill(probs == 0, 0)).sum(1)  # (B, …); 0 log 0 is 0
     return (math.log(log_probs.shape[1]) + minus_entropy).reshape(len(log_probs), -1).sum(1)
 
 # %% ../book/12_discrete_codes.ipynb #27369c15
@@ -375,7 +376,8 @@ class VQ(DiscreteAutoencoder):
         """The code whose vector is nearest: (B, embedding, h, w) → (B, h, w)."""
         x = features.permute(0, 2, 3, 1)  # (B, h, w, embedding)
         # |x - c|² without |x|², which is the same for all entries c
-        return (self.codebook.square().sum(1) - 2 * x @ self.codebook.T).argmin(-1)
+        with torch.autocast(x.device.type, enabled=False):  # a difference of like numbers, too fine for bfloat16
+            return (self.codebook.square().sum(1) - 2 * x @ self.codebook.T).argmin(-1)
 
     def look_up(self, codes: Tensor) -> Tensor:
         """What the decoder's first layer makes of the codes' vectors: (B, h, w) → (B, embedding, h, w)."""

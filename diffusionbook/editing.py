@@ -43,7 +43,7 @@ from .data import check_images, from_pil
 from .denoising import Prediction
 from .glide import keep_known
 from .layers import Attention, TimeEmbedding, attention_weights, sinusoid, split_heads
-from .samplers import SAMPLERS, ddim_invert, noise_source, timesteps
+from .samplers import ddim_invert, named_sampler, noise_source, timesteps
 from .stable_diffusion import StableDiffusion
 from .training import DenoisingLoss, train
 from .unet import DownLevel, MiddleLevel, UNet, UNetConfig
@@ -65,6 +65,12 @@ def _start(pipeline: StableDiffusion, image, prompt, n: int) -> tuple[Tensor, li
     return images.expand(len(captions), -1, -1, -1), captions
 
 
+def _leave_out(edit: str, options: dict, *names: str) -> None:
+    """Raise `ValueError` for options that an edit sets by itself."""
+    if given := [name for name in names if name in options]:
+        raise ValueError(f"{edit} sets {', '.join(given)} by itself; leave it out")
+
+
 def _of_denoiser(options: dict) -> dict:
     """Those of the options of a call that `denoiser` takes, taken out."""
     return {name: options.pop(name) for name in ("rescale", "clip_skip") if name in options}
@@ -80,6 +86,7 @@ def img2img(pipeline: StableDiffusion, image, prompt, *, strength: float = 0.6, 
     this is; the size is the picture's. Raises `ValueError` for a strength without a step. (Meng et al. 2022, SDEdit.)
     Defined in chapter 20.
     """
+    _leave_out("img2img", options, "latents", "times", "size")
     kept = int(steps * strength)
     if not 0 < strength <= 1 or kept < 1:
         raise ValueError(f"strength must lie in (0, 1] and leave at least one step of {steps}, got {strength}")
@@ -97,11 +104,16 @@ def img2img(pipeline: StableDiffusion, image, prompt, *, strength: float = 0.6, 
 def as_mask(mask, size: tuple[int, int]) -> Tensor:
     """A PIL picture or a tensor (H, W) or (B, 1, H, W) as zeros and ones (B, 1, H, W), float: 1 where to paint.
 
-    White (above a half) is to be painted. Raises `ValueError` for another size or type, and for a tensor whose values
-    don't lie in [0, 1]. Defined in chapter 20.
+    White (above a half) is to be painted. Raises `ValueError` for another size or type, for a picture that is partly
+    transparent or nowhere white, and for a tensor whose values don't lie in [0, 1]. Defined in chapter 20.
     """
     if isinstance(mask, Image.Image):
+        if mask.has_transparency_data and len(set(mask.convert("RGBA").getchannel("A").getextrema())) > 1:
+            raise ValueError("this mask is partly transparent, and it isn't clear what that means; flatten it first: "
+                             "white to paint, black to keep")
         mask = (from_pil(mask).mean(1, keepdim=True) + 1) / 2
+        if mask.max() <= 0.5:
+            raise ValueError("nothing in this mask is white, so there is nothing to paint; white is 255")
     if not isinstance(mask, Tensor):
         raise ValueError(f"the mask must be a PIL picture or a tensor, got {type(mask).__name__}")
     mask = mask[None, None] if mask.ndim == 2 else mask
@@ -121,6 +133,7 @@ def inpaint(pipeline: StableDiffusion, image, mask, prompt, *, n: int = 1, negat
     put back at each step (`keep_known`). Options as in a call of the pipeline, whose method this is. Raises
     `ValueError` for sizes that don't go together. (Rombach et al. 2022, section 4.5.) Defined in chapter 20.
     """
+    _leave_out("inpaint", options, "size")
     images, captions = _start(pipeline, image, prompt, n)
     mask, factor = as_mask(mask, images.shape[2:]), pipeline.vae.factor
     if len(mask) not in (1, len(images)):
@@ -174,19 +187,21 @@ def _one_noise(sampler: str, seed: int, shape: tuple[int, ...]) -> tuple[Tensor,
     """
     draw = noise_source(seed)
     start = draw(torch.empty(1, *shape[1:])).expand(shape)
-    random = sampler in SAMPLERS and "noise" in inspect.signature(SAMPLERS[sampler]).parameters
+    random = "noise" in inspect.signature(named_sampler(sampler)).parameters
     return start, {"noise": lambda x: draw(x[:1]).expand_as(x)} if random else {}
 
 
 def edit_words(pipeline: StableDiffusion, source: str, target: str, *, share: float = 0.6, steps: int = 20,
                sampler: str = "dpmpp_2m", size: tuple[int, int] | None = None, negative: str = "",
-               guidance: float = 3.0, seed: int = 0, metadata: bool = True, **options) -> list[Image.Image] | Tensor:
+               guidance: float = 3.0, seed: int = 0, metadata: bool = True, on_step=None,
+               **options) -> list[Image.Image] | Tensor:
     """Paint the pictures of two captions from one noise; the second looks where the first looks, word for word.
 
     For the first `share` of the steps the attention that each word of `target` gets is that of its partner in
     `source`. Options as in a call of the pipeline. Returns both. (Hertz et al. 2023, prompt-to-prompt.)
     Defined in chapter 20.
     """
+    _leave_out("edit_words", options, "latents", "n", "times")
     ids = pipeline.tokenizer([source, target]).tolist()
     theirs, ours = matching_tokens(*ids)
     done = 0
@@ -204,6 +219,8 @@ def edit_words(pipeline: StableDiffusion, source: str, target: str, *, share: fl
     def count(i: int, latents: Tensor, answer: Prediction) -> None:
         nonlocal done
         done = i + 1
+        if on_step is not None:
+            on_step(i, latents, answer)
 
     hooks = [layer.register_forward_hook(look_there)
              for name, layer in pipeline.unet.named_modules() if name.endswith("attn2")]
@@ -228,6 +245,7 @@ def prompt_film(pipeline: StableDiffusion, captions: list[str], *, frames: int =
     The vectors of the captions are mixed word by word. Options as in a call of the pipeline. Raises `ValueError` for
     fewer than two captions or one frame. Defined in chapter 20.
     """
+    _leave_out("prompt_film", options, "latents", "n")
     if isinstance(captions, str) or len(captions) < 2 or frames < 1:
         raise ValueError(f"a film needs a list of two captions or more, and a frame on each way, got {captions!r} and "
                          f"frames={frames}")
@@ -288,7 +306,7 @@ class LoRA(nn.Module):
     """Low-rank additions to layers of a pipeline's networks. Defined in chapter 20.
 
     Attached, it adds to what the layers answer, `scale` times; detached, the pipeline is as before; merged, it becomes
-    part of the weights.
+    part of the weights. A pipeline wears one at a time: attaching takes another one off. To add two, merge one.
     """
 
     def __init__(self, pipeline: StableDiffusion, *, rank: int = 4, targets: str = ATTENTION):
@@ -297,9 +315,10 @@ class LoRA(nn.Module):
         self.layers = {name: layers[name] for name in layers if re.search(targets, name)}
         if not self.layers:
             raise ValueError(f"no layer of the pipeline is called like {targets!r}")
-        self._fill({name: LowRank(layer, rank) for name, layer in self.layers.items()})
+        self._fill(pipeline, {name: LowRank(layer, rank) for name, layer in self.layers.items()})
 
-    def _fill(self, additions: dict[str, LowRank]) -> None:
+    def _fill(self, pipeline: StableDiffusion, additions: dict[str, LowRank]) -> None:
+        self.pipeline, self.merged = pipeline, False
         self.additions = nn.ModuleDict({name.replace(".", "/"): part for name, part in additions.items()})
         first = next(iter(self.layers.values())).weight
         self.to(first.device, first.dtype)
@@ -310,9 +329,11 @@ class LoRA(nn.Module):
         return self.additions[name.replace(".", "/")]
 
     def attach(self, *, scale: float = 1.0) -> "LoRA":
-        """Add to the answers of the layers from now on."""
-        self.detach()
-        self.scale = scale
+        """Add to the answers of the layers from now on, in place of another LoRA."""
+        self._check_not_merged()
+        if self.pipeline.lora is not None:
+            self.pipeline.lora.detach()
+        self.pipeline.lora, self.scale = self, scale
         for name, layer in self.layers.items():
             add = partial(self._add, self.addition(name))
             self._hooks.append(layer.register_forward_hook(add))
@@ -327,14 +348,22 @@ class LoRA(nn.Module):
         """Leave the layers as they were."""
         while self._hooks:
             self._hooks.pop().remove()
+        if self.pipeline.lora is self:
+            self.pipeline.lora = None
+
+    def _check_not_merged(self) -> None:
+        if self.merged:
+            raise ValueError("this LoRA is part of the weights already; once more would double it")
 
     @torch.no_grad()
     def merge(self, *, scale: float | None = None) -> None:
         """Add to the weights of the layers for good; answers then cost no more than before.
 
-        `scale` is by default that of the last `attach`, or 1.
+        `scale` is by default that of the last `attach`, or 1. Raises `ValueError` the second time.
         """
+        self._check_not_merged()
         self.detach()
+        self.merged = True
         scale = self.scale if scale is None else scale
         for name, layer in self.layers.items():
             layer.weight += scale * self.addition(name).weight().view_as(layer.weight).to(layer.weight)
@@ -417,7 +446,7 @@ def load_lora(pipeline: StableDiffusion, path, *, scale: float = 1.0) -> LoRA:
     lora = LoRA.__new__(LoRA)
     nn.Module.__init__(lora)
     lora.layers = {name: layers[name] for name in additions}
-    lora._fill(additions)
+    lora._fill(pipeline, additions)
     return lora.attach(scale=scale)
 
 
@@ -454,7 +483,7 @@ def _frozen(*networks: nn.Module):
 
 def train_lora(pipeline: StableDiffusion, images, captions: list[str], *, rank: int = 4, steps: int = 150,
                lr: float = 2e-3, batch: int = 8, seed: int = 0, progress: bool = True) -> LoRA:
-    """Teach a pipeline a few pictures of your own: a LoRA for them, attached.
+    """Teach a pipeline a few pictures of your own: a LoRA for them, attached in place of another one.
 
     images: PIL pictures of one size, or a tensor (B, 3, H, W) in [-1, 1]; captions: one for each, with a word that
     means what they have in common; or one picture and all that can be said of it. The pipeline's own weights stay as
@@ -463,15 +492,16 @@ def train_lora(pipeline: StableDiffusion, images, captions: list[str], *, rank: 
     images, captions = _start(pipeline, images, captions, 1)
     if pipeline.unet.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"small steps are lost in {pipeline.unet.dtype}; to train, load the pipeline in float32")
-    latents, context = pipeline.encode(images), pipeline.encode_text(captions)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         lora = LoRA(pipeline, rank=rank)
-    loss = DenoisingLoss(pipeline.schedule, pipeline.prediction, drop=0.1,
-                         empty={"context": pipeline.encode_text([""])[0]})
+    lora.attach()  # it adds nothing yet, and takes another one off
     try:
+        latents, context = pipeline.encode(images), pipeline.encode_text(captions)
+        loss = DenoisingLoss(pipeline.schedule, pipeline.prediction, drop=0.1,
+                             empty={"context": pipeline.encode_text([""])[0]})
         with _frozen(pipeline.unet):
-            average = train(lora.attach(), StackDataset(x0=latents, context=context),
+            average = train(lora, StackDataset(x0=latents, context=context),
                             lambda _, *told: loss(pipeline.unet, *told), steps=steps, lr=lr, batch=batch, warmup=10,
                             ema=0.98, seed=seed, progress=progress)
     except BaseException:
@@ -738,6 +768,7 @@ def with_controlnet(pipeline: StableDiffusion, control: ControlNet):
     @torch.no_grad()
     def paint(prompt, hint, *, strength: float = 1.0, n: int = 1, negative: str = "", guidance: float = 3.0,
               metadata: bool = True, **options) -> list[Image.Image] | Tensor:
+        _leave_out("a ControlNet", options, "size")
         captions = pipeline.captions(prompt, n)
         hint = _as_hints(hint, len(captions))
         shape = (len(captions), pipeline.vae.config.latent_channels, *pipeline.latent_size(tuple(hint.shape[2:])))

@@ -359,14 +359,16 @@ def _evolve(
     now, bound = 0.0, 1 / (1 / max_stable_step(h) + fidelity)
     yield now, u
     for t in times:
-        borders = _borders(u, h, law, contrast, presmooth, room)
-        if scheme == "aos":
-            _aos_(u, borders, t - now, fidelity, source)  # one axis at a time
-        else:
-            borders = list(borders)
-            for tau in [t - now] if scheme == "explicit" else fed_steps(t - now, bound):
-                _euler_(u, borders, tau, fidelity, source)
-        borders, now = None, t  # let go of the memory before the next measurement
+        parts = math.ceil((t - now) / bound * (1 - 1e-9)) if scheme == "explicit" else 1  # none above the bound
+        for stop in [now + (t - now) * i / parts for i in range(1, parts)] + [t]:
+            borders = _borders(u, h, law, contrast, presmooth, room)
+            if scheme == "aos":
+                _aos_(u, borders, stop - now, fidelity, source)  # one axis at a time
+            else:
+                borders = list(borders)
+                for tau in fed_steps(stop - now, bound) if scheme == "fed" else [stop - now]:
+                    _euler_(u, borders, tau, fidelity, source)
+            borders, now = None, stop  # let go of the memory before the next measurement
         yield t, u
 
 # %% ../book/02_edges.ipynb #1cb33b55
@@ -390,16 +392,25 @@ def _best_times(u: Tensor, h: Sequence[float], noise: float, **options) -> list[
     return times[:best]
 
 
+def _or_one(contrast: Tensor) -> Tensor:
+    """1 in place of 0, the contrast of a picture without any slope."""
+    return torch.where(contrast > 0, contrast, 1)
+
+
 def _contrasts(
     contrast, noise: Tensor | None, u: Tensor, h: Sequence[float], law: Conductance, presmooth: float
 ) -> Tensor:
     """The contrast of each picture, from the noise if it is not given: (B, 1, ...) or (1, 1, ...)."""
+    size, limits = u.detach().abs().amax(), torch.finfo(u.dtype)
+    if not u.is_meta and size > 0 and not limits.tiny**0.4 < size < limits.max**0.4:
+        raise ValueError(f"the numbers of this picture reach {size:.3g}, whose squares {u.dtype} can't hold; bring "
+                         "them near 1, or give float64")
     if contrast is None:
         # For colour no larger: squares summed over channels scatter less, so noise is told from edges more easily.
         slope = _noise_slope(u, h, presmooth)
         largest = torch.linalg.vector_norm(u.detach(), math.inf, tuple(range(1, u.ndim)))  # (B,)
         noise = noise.maximum(8 * torch.finfo(u.dtype).eps * largest)  # at least what rounding makes
-        contrast = (law.noise_factor * slope * noise).clamp_min(1e-15)
+        contrast = _or_one(law.noise_factor * slope * noise)
     contrast = torch.as_tensor(contrast, dtype=u.dtype, device=u.device)
     if contrast.ndim > 1 or contrast.ndim == 1 and len(contrast) != len(u):
         raise ValueError(f"contrast must be one number, or one for each of the {len(u)} pictures of the batch_axis")
@@ -531,7 +542,7 @@ def selling_stencil(tensor: Tensor) -> tuple[Tensor, Tensor]:
                              "little")
         if not all(((exact[i, j] - exact[j, i]).abs() <= 1e-5 * trace).all() for i, j in combinations(range(d), 2)):
             raise ValueError("tensor must be symmetric; average it with its transpose")  # Cholesky saw one half only
-        e = _obtuse_bases(exact)
+        e = _obtuse_bases((exact + exact.transpose(0, 1)) / 2)  # rounding in one half would turn for ever
     pairs = list(combinations(range(d + 1), 2))
     weights = [-(e[i].unsqueeze(1) * exact * e[j]).sum((0, 1)) for i, j in pairs]
     rest = [[k for k in range(d + 1) if k not in pair] for pair in pairs]  # an offset is normal to the rest
@@ -714,7 +725,7 @@ def coherence_enhance(
         raise ValueError(f"alpha must lie above 0 and be at most 1, got {alpha}; the usual choice is 0.001")
     if contrast is None:
         energy = structure_tensor(u.detach(), h, presmooth=presmooth).diagonal(dim1=1, dim2=2).sum(-1)  # (B, *space)
-        contrast = (energy.flatten(1).mean(1).sqrt() / 2).clamp(min=1e-15)  # (B,)
+        contrast = _or_one(energy.flatten(1).mean(1).sqrt() / 2)  # (B,)
     contrast = _contrasts(contrast, None, u, h, None, presmooth).expand(len(u), *[1] * (u.ndim - 1))
 
     def rates(mu):  # (d, *space), in units of contrast squared

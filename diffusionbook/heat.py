@@ -218,7 +218,7 @@ def decay_rates(n: int, spacing: float = 1.0, *, boundary: str = "reflect", symb
         raise ValueError(f'boundary must be "reflect" or "periodic", got {boundary!r}')
     if symbol not in ("continuous", "discrete"):
         raise ValueError(f'symbol must be "continuous" or "discrete", got {symbol!r}')
-    swings = torch.arange(n) / 2 if boundary == "reflect" else torch.arange(n // 2 + 1)
+    swings = torch.arange(n).double() / 2 if boundary == "reflect" else torch.arange(n // 2 + 1)
     angle = 2 * math.pi * swings.double() / n  # from one pixel to the next
     return (angle if symbol == "continuous" else 2 * torch.sin(angle / 2)).div(spacing).square()
 

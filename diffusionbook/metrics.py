@@ -10,6 +10,7 @@ __all__ = ['extract', 'fid', 'Estimate', 'kid', 'PrecisionRecall', 'nearest_neig
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,14 @@ def extract(pictures: Tensor, features: Callable | None = None, *, batch: int = 
     `features` maps a batch of pictures to a tensor (B, D). Points on an Apple GPU, which knows no float64, come to
     the CPU. Raises `ValueError` unless the result has two axes, a point and finite values only. Defined in chapter 10.
     """
-    points = pictures if features is None else torch.cat([features(part) for part in pictures.split(batch)])
+    if not isinstance(pictures, Tensor):
+        raise ValueError(f"a score needs a tensor of pictures or points, got {type(pictures).__name__}; from_pil makes "
+                         "one from pictures")
+    found = [pictures] if features is None else [features(part) for part in pictures.split(batch)]
+    if not isinstance(found[0], Tensor):
+        raise ValueError(f"features must give a tensor (B, D), got {type(found[0]).__name__}; of a Judge, give its "
+                         "method features")
+    points = torch.cat(found)
     if points.ndim != 2 or not points.numel():
         raise ValueError(f"a score needs points (N, D), not {tuple(points.shape)}; pictures need features=")
     if not torch.isfinite(points).all():
@@ -87,7 +95,7 @@ def kid(real: Tensor, fake: Tensor, *, features: Callable | None = None, groups:
     Defined in chapter 10.
     """
     real, fake = _pair(real, fake, features)
-    if groups < 2 or min(len(real), len(fake)) < 2 * groups:
+    if not isinstance(groups, Integral) or groups < 2 or min(len(real), len(fake)) < 2 * groups:
         raise ValueError(
             f"the error bar needs at least 2 groups of at least 2 points, got {groups} groups for {len(real)} and "
             f"{len(fake)} points; take more points or fewer groups"
@@ -160,8 +168,9 @@ def precision_recall(real: Tensor, fake: Tensor, *, features: Callable | None = 
     Raises `ValueError` unless 1 ≤ k < the number of points of the smaller cloud. Defined in chapter 10.
     """
     real, fake = _pair(real, fake, features)
-    if not 1 <= k < min(len(real), len(fake)):
-        raise ValueError(f"k must lie in 1…{min(len(real), len(fake)) - 1}, below the smaller cloud's size, got {k}")
+    if not isinstance(k, Integral) or not 1 <= k < min(len(real), len(fake)):
+        raise ValueError(f"k must be a whole number in 1…{min(len(real), len(fake)) - 1}, below the smaller cloud's "
+                         f"size, got {k}")
     return PrecisionRecall(_covered(fake, real, k), _covered(real, fake, k))
 
 

@@ -263,9 +263,15 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping) -> "NoiseSchedule":
         """Read the layout of diffusers' scheduler_config.json, passing over keys that have another purpose.
 
-        A config with `shift` is a flow. Raises ValueError for a `beta_schedule` that is not known, and for a shift
-        that depends on the size of the picture. Defined in chapter 04.
+        A config with `shift` is a flow. Raises ValueError for a `beta_schedule` that is not known, for a scheduler's
+        config without one, and for a shift that depends on the size of the picture. Defined in chapter 04.
         """
+        kind = config.get("_class_name")
+        if kind == "UnCLIPScheduler":  # it knows one schedule only and need not name it
+            config = {"beta_schedule": "squaredcos_cap_v2", **config}
+        if config.get("snr_shift_scale") not in (None, 1):
+            raise ValueError(f"snr_shift_scale={config['snr_shift_scale']} is not supported; build the schedule from "
+                             "the betas that it gives, by NoiseSchedule.from_betas")
         if config.get("use_flow_sigmas") or "sigma_max" in config and "beta_schedule" not in config:
             raise ValueError("these levels of noise aren't described by betas; build the schedule yourself, such as by "
                              "NoiseSchedule.flow(shift=…)")
@@ -279,6 +285,9 @@ class NoiseSchedule:
             "squaredcos_cap_v2": cls.cosine,
             "sigmoid": cls.sigmoid_ramp,
         }
+        if kind and "beta_schedule" not in config and config.get("trained_betas") is None:
+            raise ValueError(f"the config of this {kind} names no beta_schedule, and not all schedulers are linear; "
+                             "write it there, or build the schedule yourself")
         name, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
         if config.get("trained_betas") is not None:
             schedule = cls.from_betas(config["trained_betas"])

@@ -62,7 +62,13 @@ def read_pipeline(folder, *, dtype: torch.dtype = torch.float32) -> dict:
         raise FileNotFoundError(
             f"{folder} is not a complete pipeline: it lacks {', '.join(missing)}; download or save it again"
         )
+    if (folder / "text_encoder_2").is_dir():
+        raise ValueError(f"{folder} has two text encoders, as Stable Diffusion XL has; only Stable Diffusion 1 and 2, "
+                         "with one, can be read")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("thresholding"):
+        raise ValueError(f"{folder.name}/scheduler wants thresholding, which is for pixels, not for latents; set it to "
+                         "false there")
     kind, kinds = scheduler.get("prediction_type", "epsilon"), {theirs: ours for ours, theirs in SAVED.items()}
     if kind not in kinds:
         raise ValueError(f"prediction_type={kind!r} in {folder.name}/scheduler; expected one of {', '.join(kinds)}")
@@ -267,6 +273,10 @@ class StableDiffusion:
                 f"the U-Net reads vectors of width {unet.config.context_width}, the text encoder writes "
                 f"{text_encoder.config.width}; they don't belong together"
             )
+        latent = vae.config.latent_channels
+        if (extra := unet.config.in_channels - latent) not in (0, latent + 1):
+            raise ValueError(f"the U-Net reads {unet.config.in_channels} channels and the VAE writes {latent}: only "
+                             f"{latent}, or {2 * latent + 1} for inpainting, go with it, got {extra} more")
         if prediction not in SAVED:
             raise ValueError(f"prediction must be one of {', '.join(SAVED)}, got {prediction!r}")
         if memory not in (None, "low"):
@@ -275,6 +285,7 @@ class StableDiffusion:
         self.schedule, self.prediction, self.name, self.memory = schedule, prediction, name, memory
         self.device = unet.device  # where the work is done; with little memory the weights rest elsewhere
         self._offloaded: list[RemovableHandle] = []
+        self.lora = None  # the one that is attached, if one is (chapter 20)
 
     @classmethod
     def from_pretrained(cls, name_or_path, *, dtype: torch.dtype = torch.float32, memory: str | None = None,
@@ -296,7 +307,13 @@ class StableDiffusion:
         return cls(**parts, name=Path(name_or_path).stem if file else Path(name_or_path).name, memory=memory)
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that `from_pretrained`, and diffusers, can load; weights in `dtype`, by default their own."""
+        """Write a folder that `from_pretrained`, and diffusers, can load; weights in `dtype`, by default their own.
+
+        Raises `ValueError` for what the layout has no place for: a flow, and a LoRA that is attached.
+        """
+        if self.lora is not None:
+            raise ValueError("a LoRA is attached and would not be saved: merge() makes it part of the weights, "
+                             "detach() takes it off")
         if self.prediction == "flow" or self.schedule.shift is not None:
             raise ValueError("Stable Diffusion's layout has no place for a flow; save the networks one by one")
         scheduler = self.schedule.to_config() | {
@@ -321,6 +338,7 @@ class StableDiffusion:
 
     def to(self, device) -> "StableDiffusion":
         """Move all networks to a device and return the pipeline; with `memory="low"` they only come there to work."""
+        torch.empty(0, device=device)  # a device that isn't there shall change nothing
         self.device = torch.device(device)
         while self._offloaded:
             self._offloaded.pop().remove()
@@ -434,7 +452,8 @@ class StableDiffusion:
         pictures = to_pil(images)
         if facts is not None:
             told = captions if isinstance(captions, list) else ["(vectors)"] * len(pictures)
-            kept = {"sampler": sampler} | ({"steps": steps} if times is None else {})
+            kept = {"sampler": getattr(sampler, "__name__", sampler)}
+            kept |= {"steps": steps} if times is None else {}
             kept |= {name: value for name, value in options.items() if isinstance(value, str | int | float)}
             kept |= {"latents": "given"} if latents is not None else {}
             pictures = [signed(picture, {"software": "diffusionbook", "model": self.name, "caption": caption,

@@ -44,7 +44,9 @@ def _take(dataset, index: Tensor, device):
     """The items of a data set at `index` (B,) as one batch on a device: a tensor, or a dict of tensors."""
     try:
         batch = dataset[index]
-        return {k: v.to(device) for k, v in batch.items()} if isinstance(batch, Mapping) else batch.to(device)
+        if isinstance(batch, Mapping):
+            return {name: part.detach().to(device) for name, part in batch.items()}
+        return batch.detach().to(device)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"dataset[numbers] must give a batch, which {type(dataset).__name__} can't; use a tensor of "
                          "pictures or, with names, torch.utils.data.StackDataset(x0=pictures, …)") from error
@@ -87,9 +89,9 @@ class DenoisingLoss:
         if not (reach := x0.abs().amax()) <= 1.01 * limit:
             raise ValueError(f"x0 reaches {reach:.3g}, and {limit:g} is allowed; bring pictures to [-1, 1], latents to "
                              "deviation 1 (and say limit=50 for latents with as few channels as pictures)")
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        noise = torch.randn(x0.shape, generator=generator, dtype=torch.float32).to(x0)
         t = torch.randint(self.schedule.steps, (len(x0),), generator=generator).to(x0.device)
-        dropped = (torch.rand(len(x0), generator=generator) < self.drop).to(x0.device)
+        dropped = (torch.rand(len(x0), generator=generator, dtype=torch.float32) < self.drop).to(x0.device)
         for name, empty in (self.empty or {}).items():
             rows = dropped.view(-1, *[1] * (told[name].ndim - 1))
             told[name] = torch.where(rows, torch.as_tensor(empty).to(told[name]), told[name])
@@ -153,7 +155,7 @@ def _sum_over_processes(tensors: list[Tensor]) -> None:
 
 def add_gradients(net: nn.Module, dataset, loss, *, seed: int, step: int, batch: int, accumulate: int = 1,
                   weights: Tensor | None = None, bf16: bool = False) -> tuple[Tensor, dict]:
-    """Add the gradients of one step's batch to those of `net`; returns its mean loss, and numbers for the log.
+    """Add the gradients of one step's batch to those of `net`; returns means: the loss, numbers for the log.
 
     The batch is cut into `accumulate` parts for each process, and gradients are averaged over the parts of all. Which
     pictures and which noise a part uses follows from `seed`, `step` and the number of the part, so two processes do
@@ -165,7 +167,7 @@ def add_gradients(net: nn.Module, dataset, loss, *, seed: int, step: int, batch:
     index = (torch.randint(len(dataset), (batch,), generator=draw) if weights is None
              else torch.multinomial(weights, batch, replacement=True, generator=draw))
     parts = index.chunk(accumulate * world)
-    mean, numbers = torch.zeros((), device=device), {}
+    mean, totals = torch.zeros((), device=device), {}
     for part in range(rank * accumulate, (rank + 1) * accumulate):
         generator = generator_for(seed, step, 1 + part)
         torch.manual_seed(generator.initial_seed())  # for what draws without a generator, such as dropout
@@ -174,9 +176,11 @@ def add_gradients(net: nn.Module, dataset, loss, *, seed: int, step: int, batch:
         value, numbers = value if isinstance(value, tuple) else (value, {})
         (value / len(parts)).backward()
         mean += value.detach() / len(parts)
+        for name, number in numbers.items():
+            totals[name] = totals.get(name, torch.zeros((), device=device)) + number / len(parts)
     if world > 1:
-        _sum_over_processes([mean, *(p.grad for p in net.parameters() if p.grad is not None)])
-    return mean, numbers
+        _sum_over_processes([mean, *totals.values(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    return mean, {name: total.item() for name, total in totals.items()}
 
 
 @torch.no_grad()
@@ -247,18 +251,29 @@ def first_bad_module(net: nn.Module, run: Callable[[], object]) -> str | None:
     return found[0] if found else None
 
 # %% ../book/08_training.ipynb #28df5a4f
-def _record(folder: Path, row: dict, net, optimizer, average: EMA) -> None:
+def _record(folder: Path, row: dict, net, optimizer, average: EMA, terms: dict) -> None:
     """Add a line to the log, then replace the state: `_restore` drops a line whose state never came."""
     row = {key: float(f"{number:.5g}") if isinstance(number, float) else number for key, number in row.items()}
     with open(folder / "log.jsonl", "a", encoding="utf8") as log:
         log.write(json.dumps(row) + "\n")
     state = {"step": row["step"], "seconds": row["seconds"], "model": net.state_dict(), "average": average.weights,
-             "updates": average.updates, "optimizer": optimizer.state_dict()}
+             "updates": average.updates, "optimizer": optimizer.state_dict(), "terms": terms}
     write_atomically(folder / "state.pt", lambda path: torch.save(state, path))
 
 
-def _restore(folder: Path, net, optimizer, average: EMA) -> tuple[int, float]:
-    """Go back to the state in a folder, if it has one; returns the steps done and the seconds they took."""
+def _goal(loss, dataset) -> dict:
+    """What must stay the same when a training goes on."""
+    goal = {"number of pictures": len(dataset)}
+    if isinstance(loss, DenoisingLoss):
+        goal |= {"prediction": loss.prediction, "schedule": loss.schedule.alpha_bar.sum().item()}
+    return goal
+
+
+def _restore(folder: Path, net, optimizer, average: EMA, goal: dict, way: dict) -> tuple[int, float]:
+    """Go back to the state in a folder, if it has one; returns the steps done and the seconds they took.
+
+    Another goal is refused, and where nothing is left to do another way, too.
+    """
     path, log, state = folder / "state.pt", folder / "log.jsonl", {"step": 0, "seconds": 0.0}
     if path.exists():
         try:
@@ -267,15 +282,21 @@ def _restore(folder: Path, net, optimizer, average: EMA) -> tuple[int, float]:
                       for model in (net.state_dict(), state["model"])]
             if shapes[0] != shapes[1]:
                 raise ValueError("its tensors have other names or shapes")  # before any is overwritten
-            net.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            for name, kept in average.weights.items():
-                kept.copy_(state["average"][name])
-            average.updates = state["updates"]
+            now = goal if state["step"] < way["steps"] else goal | way
+            before = now | state.get("terms", {})
+            if not (changed := [name for name in now if now[name] != before[name]]):
+                net.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                for name, kept in average.weights.items():
+                    kept.copy_(state["average"][name])
+                average.updates = state["updates"]
         except Exception as error:  # there is no list of what a damaged pickle may raise
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{path} is damaged or belongs to another network; choose another folder to begin anew "
                              f"({said})") from error
+        if changed:
+            raise ValueError(f"{path} was trained with another {changed[0]}: {before[changed[0]]} there, "
+                             f"{now[changed[0]]} here; choose another folder to begin anew")
     if log.exists() and _processes()[0] == 0:
         rows = [line for line in log.read_text(encoding="utf8").splitlines(keepends=True) if line.endswith("}\n")]
         kept = [line for line in rows if json.loads(line)["step"] <= state["step"]]
@@ -302,7 +323,9 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
     (math.inf lets all pass). ema: decay of the average. bf16: run the network in bfloat16 where autocast allows.
     at_start: what the first loss should be; half or twice as much is refused.
     evaluate: called every `every` steps, and at the end, with the average in place; its numbers go to the log.
-    folder: each of these moments becomes a line of `log.jsonl` and the state `state.pt`; the same call goes on there.
+    folder: each of these moments becomes a line of `log.jsonl`, with means over the steps since the one before, and
+    the state `state.pt`; the same call goes on there. A call that trains for something else is refused, and where all
+    steps are done one with any other option.
     Processes that `accelerate launch` or `torchrun` started train together. Raises `ValueError` for options that make
     no sense, and `FloatingPointError` that names the first bad module when loss or gradient is not finite.
     Defined in chapter 08.
@@ -329,13 +352,15 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
     average = EMA(net, decay=ema)
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)  # so that an impossible one is found out now
-    start, seconds = _restore(Path(folder), net, optimizer, average) if folder else (0, 0.0)
+    goal, way = _goal(loss, dataset), {"steps": steps, "lr": lr, "batch": batch, "warmup": warmup, "clip": clip,
+                                       "weight_decay": weight_decay, "ema": ema, "seed": seed}
+    start, seconds = _restore(Path(folder), net, optimizer, average, goal, way) if folder else (0, 0.0)
     gradients = partial(add_gradients, net, dataset, loss, seed=seed, batch=batch, accumulate=accumulate,
                         weights=weights, bf16=bf16)
     recent, began = [], time.monotonic() - seconds
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress or rank > 0)
     net.train()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for step in bar:
             for group in optimizer.param_groups:
                 group.update(lr=lr * warmup_cosine(step, steps=steps, warmup=warmup), weight_decay=weight_decay)
@@ -354,18 +379,18 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
             optimizer.zero_grad(set_to_none=True)
             average.update(net)
             bar.set_postfix_str(f"loss {value:.3f}")
-            recent.append((value, norm))
+            recent.append({"loss": value, "gradient": norm} | numbers)
             if (step + 1) % every == 0 or step + 1 == steps:
-                value, norm = np.mean(recent, axis=0).tolist()
-                row = {"step": step + 1, "seconds": round(time.monotonic() - began), "loss": value, "gradient": norm}
+                means = {name: np.mean([numbers[name] for numbers in recent]) for name in recent[-1]}
                 if evaluate:
                     average.swap(net.eval())
-                    numbers = numbers | evaluate()
+                    means |= evaluate()
                     average.swap(net.train())
-                row |= {key: number if isinstance(number, int) else float(number) for key, number in numbers.items()}
+                row = {"step": step + 1, "seconds": round(time.monotonic() - began)}
+                row |= {name: number if isinstance(number, int) else float(number) for name, number in means.items()}
                 recent = []
                 if folder and rank == 0:
-                    _record(Path(folder), row, net, optimizer, average)
+                    _record(Path(folder), row, net, optimizer, average, goal | way)
     net.eval()
     return average
 
@@ -555,11 +580,12 @@ def run_recipe(path, *, folder, device="cpu", steps: int | None = None, progress
     loss = build("loss", _loss, schedule)
     (pictures, told, names), (others, others_told, _) = (build("data", _data, s) for s in ("train", "validation"))
     classes = sorted(set(told) - {""})
-    torch.manual_seed(recipe["train"].get("seed", 0))
     if classes:
         recipe["network"]["classes"] = len(classes) + 1
         loss = replace(loss, empty={"embedding": 0})
-    net = build("network", _unet).to(device, memory_format=torch.channels_last)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(recipe["train"].get("seed", 0))
+        net = build("network", _unet).to(device, memory_format=torch.channels_last)
     numbers = {name: i for i, name in enumerate(["", *classes])}
     data, unseen = (
         StackDataset(x0=x0, embedding=torch.tensor([numbers[name] for name in names])) if classes else x0
@@ -572,8 +598,11 @@ def run_recipe(path, *, folder, device="cpu", steps: int | None = None, progress
         return {"validation": validate()}
 
     at_start = 1.0 if loss.prediction == "epsilon" and loss.weight is None else None
-    fit = partial(train, net, data, loss, weights=balanced_weights(names), folder=folder, progress=progress,
-                  at_start=at_start, evaluate=evaluate)
+
+    def fit(**options) -> EMA:
+        return train(net, data, loss, weights=balanced_weights(names), folder=folder, progress=progress,
+                     at_start=at_start, evaluate=evaluate, **options)
+
     average = build("train", fit)
     average.swap(net)
     denoise = Denoiser(net, schedule, loss.prediction)

@@ -19,6 +19,7 @@ from diffusionbook.data import (
     STYLES,
     TONES,
     check_images,
+    check_negative,
     compose_caption,
     emoji,
     film,
@@ -526,3 +527,13 @@ def test_the_table_is_written_twice_with_the_same_bytes(rows, tmp_path):
 def test_a_film_that_no_file_can_hold(seconds):
     with pytest.raises(ValueError, match="can't be shared by 3 pictures: each needs from 0.001 to 60"):
         film(torch.zeros(3, 3, 8, 8), seconds=seconds)
+
+
+def test_a_picture_without_pixels_is_refused():
+    with pytest.raises(ValueError, match="at least one pixel, got one of 0×4"):
+        from_pil(Image.new("RGB", (0, 4)), size=4)
+
+
+def test_negative_is_one_string():
+    with pytest.raises(ValueError, match="negative is one string for all pictures, got list"):
+        check_negative(["blue", "green"], 3.0)

@@ -617,3 +617,32 @@ def test_a_time_for_each_picture():
     with pytest.raises(ValueError, match="t must be one number, or one per picture: got 3 for 1"):
         to_prediction(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([3.0, 4.0, 5.0]),
                       schedule=NoiseSchedule.linear(), prediction="v")
+
+
+def test_one_row_without_caption_serves_a_batch():
+    words = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    say = Denoiser(lambda x, t, context: x * context.mean((1, 2))[:, None], NoiseSchedule.linear(),
+                   condition=Condition(context=words))
+    x, nothing = torch.ones(3, 5), torch.full((1, 2, 4), 0.5)
+    one, many = (classifier_free(say, Condition(context=c), scale=2.0)(x, 10).eps
+                 for c in (nothing, nothing.expand(3, -1, -1)))
+    assert torch.equal(one, many)
+    with pytest.raises(ValueError, match="2 rows of context don't go with 3"):
+        classifier_free(say, Condition(context=nothing.expand(2, -1, -1)), scale=2.0)
+
+
+def test_a_fractional_time_is_told_whatever_the_default_dtype():
+    told = []
+    say = Denoiser(lambda x, t: told.append(t) or x, NoiseSchedule.linear())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        say(torch.zeros(1, 1, 2, 2, dtype=torch.float32), 887.75)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert told[0].item() == 887.75
+
+
+def test_denoisers_and_conditions_can_be_compared():
+    condition = Condition(embedding=torch.ones(2, 3))
+    say = Denoiser(lambda x, t: x, NoiseSchedule.linear(), condition=condition)
+    assert say == say and condition == condition and condition != Condition(embedding=torch.ones(2, 3))

@@ -444,3 +444,28 @@ def test_the_weights_of_the_other_kind_are_refused(tmp_path):
     build(VQ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="codebook"):
         DVAE.from_pretrained(tmp_path)
+
+
+def test_gumbel_noise_does_not_depend_on_the_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        noise = gumbel_noise((4,), torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(noise, gumbel_noise((4,), torch.Generator().manual_seed(0)))
+
+
+def test_a_choice_that_is_sure_costs_the_whole_logarithm():
+    sure = torch.tensor([0.0, -torch.inf]).view(1, 2, 1)
+    assert uniform_kl(sure).item() == pytest.approx(math.log(2))
+
+
+def test_the_nearest_vector_is_found_under_autocast():
+    g = torch.Generator().manual_seed(0)
+    vq = VQ(DVAEConfig.preset("emoji")).eval()
+    vq.codebook.copy_(10 + torch.randn(vq.codebook.shape, generator=g))
+    features = 10 + torch.randn(2, vq.codebook.shape[1], 4, 4, generator=g)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vq.choose(features)
+    nearest = torch.cdist(features.permute(0, 2, 3, 1).double().flatten(0, 2), vq.codebook.double()).argmin(1)
+    assert (found.flatten() == nearest).float().mean() > 0.96  # of 32; float32 may swap near ties

@@ -639,3 +639,90 @@ def test_edits_say_how_they_were_made(tiny, picture):
                   edit_words(tiny, CAPTION, "pizza", **options), prompt_film(tiny, [CAPTION, "pizza"], **options)):
         told = {name: found[0].info[name] for name in options if name != "progress"}
         assert told == {"rescale": "0.5", "eta": "1.0", "sampler": "ddim", "spacing": "linspace", "steps": "4"}
+
+
+# One LoRA at a time, and what an edit sets by itself
+
+
+def test_a_pipeline_wears_one_lora_at_a_time(painter, tmp_path):
+    bare = painter(CAPTION, **FAST)
+    first = filled(LoRA(painter, rank=2)).attach()
+    alone = painter(CAPTION, **FAST)
+    first.save(tmp_path / "first.safetensors")
+    second = filled(LoRA(painter, rank=2, targets="text_encoder")).attach()
+    assert painter.lora is second
+    again = painter.load_lora(tmp_path / "first.safetensors")
+    assert torch.equal(painter(CAPTION, **FAST), alone)
+    again.detach()
+    assert painter.lora is None and torch.equal(painter(CAPTION, **FAST), bare)
+
+
+def test_training_a_lora_again_begins_anew(painter, picture, tmp_path):
+    """A cell that is run twice: what the second one saves is all that it painted with."""
+    for _ in range(2):
+        lora = train_lora(painter, [picture], [CAPTION], steps=3, progress=False)
+    seen = painter(CAPTION, **FAST)
+    lora.save(tmp_path / "lora.safetensors")
+    lora.detach()
+    painter.load_lora(tmp_path / "lora.safetensors")
+    assert torch.allclose(painter(CAPTION, **FAST), seen, atol=1e-5)
+
+
+def test_what_is_merged_is_not_added_once_more(painter):
+    lora = filled(LoRA(painter, rank=2)).attach()
+    lora.merge()
+    merged = painter(CAPTION, **FAST)
+    for again in (lora.merge, lora.attach):
+        with pytest.raises(ValueError, match="part of the weights already"):
+            again()
+    assert torch.equal(painter(CAPTION, **FAST), merged)
+
+
+def test_a_pipeline_is_not_saved_without_the_lora_it_wears(painter, tmp_path):
+    lora = filled(LoRA(painter, rank=2)).attach()
+    with pytest.raises(ValueError, match="a LoRA is attached and would not be saved"):
+        painter.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    lora.merge()
+    painter.save_pretrained(tmp_path / "model")
+    assert torch.allclose(StableDiffusion.from_pretrained(tmp_path / "model")(CAPTION, **FAST),
+                          painter(CAPTION, **FAST), atol=1e-5)
+
+
+def test_gradients_may_be_off_outside(painter, picture):
+    with torch.no_grad():
+        lora = train_lora(painter, [picture], [CAPTION], steps=2, progress=False)
+    assert any(addition.up.weight.abs().max() > 0 for addition in lora.additions.values())
+
+
+def test_what_an_edit_sets_itself_is_refused_by_its_name(painter, picture):
+    noise = torch.zeros(1, 4, 8, 8)
+    control = ControlNet.beside(painter.unet)
+    for wish, message in [
+        (lambda: painter.img2img(picture, CAPTION, latents=noise, **FAST), "img2img sets latents by itself"),
+        (lambda: painter.img2img(picture, CAPTION, size=(64, 64), **FAST), "img2img sets size by itself"),
+        (lambda: edit_words(painter, CAPTION, CAPTION, latents=noise, **FAST), "edit_words sets latents by itself"),
+        (lambda: prompt_film(painter, [CAPTION, "cat"], n=2, **FAST), "prompt_film sets n by itself"),
+        (lambda: painter.with_controlnet(control)(CAPTION, picture, size=(64, 64), **FAST), "sets size by itself"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            wish()
+
+
+def test_edited_words_show_their_steps(painter):
+    seen = []
+    edit_words(painter, CAPTION, "blue heart, noto style", on_step=lambda i, x, answer: seen.append(i), **FAST)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_masks_that_say_nothing_clear_are_refused():
+    stroke = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    stroke.paste((255,) * 4, (20, 20, 44, 44))
+    with pytest.raises(ValueError, match="partly transparent"):
+        as_mask(stroke, (64, 64))
+    ones = Image.new("L", (64, 64), 0)
+    ones.paste(1, (20, 20, 44, 44))
+    with pytest.raises(ValueError, match="nothing in this mask is white"):
+        as_mask(ones, (64, 64))
+    ones.paste(255, (20, 20, 44, 44))
+    assert as_mask(ones.convert("RGBA"), (64, 64)).sum() == 24 * 24

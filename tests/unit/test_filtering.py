@@ -599,3 +599,25 @@ def test_six_pictures_of_memory_are_enough(size, options):
         held.alive[u.untyped_storage().data_ptr()] = 0  # what is given doesn't count
         diffuse(u, **options)
     assert 3 * u.nbytes < held.most < 6 * u.nbytes  # the result and the borders along two axes are three
+
+
+@pytest.mark.parametrize("options", [{}, {"presmooth": 1.0}, {"conductance": "charbonnier"}, {"spacing": (1, 0.5)}])
+def test_explicit_steps_are_stable_where_the_time_is_chosen(options):
+    """The times between which the best one is sought grow longer than a stable step."""
+    clean = np.zeros((64, 64))
+    clean[16:48, 16:48] = 1
+    noisy = clean + 0.1 * np.random.default_rng(1).standard_normal(clean.shape)
+    errors = [np.square(diffuse(noisy, scheme=scheme, **options) - clean).mean() for scheme in ("explicit", "fed")]
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+def test_the_unit_of_the_numbers_does_not_matter():
+    noisy = np.random.default_rng(1).standard_normal((32, 32)).cumsum(0)
+    assert np.allclose(diffuse(noisy * 1e-30) / 1e-30, diffuse(noisy), rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-20, 1e20])
+def test_numbers_whose_squares_are_lost_are_refused(unit):
+    noisy = (np.random.default_rng(1).standard_normal((16, 16)) * unit).astype("float32")
+    with pytest.raises(ValueError, match="float32 can't hold; bring them near 1"):
+        diffuse(noisy, 1.0, contrast=unit)

@@ -425,7 +425,7 @@ def test_known_pixels_need_a_mask_of_their_size():
     ({"guidance": float("inf")}, "finite"),
     ({"sampler": "eluer"}, "no sampler named"),
     ({"upsampler_steps": 0}, "1…1000"),
-    ({"warmth": 1}, "has no option warmth"),
+    ({"warmth": 1}, "has an option warmth"),
 ])
 def test_impossible_wishes_are_refused(pipe, wish, message):
     with pytest.raises(ValueError, match=message):

@@ -481,3 +481,13 @@ def test_bad_explicit_steps_are_refused_at_once(options, message):
 
 def test_examples_in_docstrings():
     assert doctest.testmod(diffusionbook.heat).failed == 0
+
+
+def test_heat_is_exact_whatever_the_default_dtype():
+    line = np.random.default_rng(0).standard_normal(1000)
+    usual = heat(line, sigma=0.5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert np.abs(heat(line, sigma=0.5) - usual).max() < 1e-12
+    finally:
+        torch.set_default_dtype(torch.float32)

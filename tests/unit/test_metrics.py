@@ -224,3 +224,15 @@ def test_the_judge_says_what_it_does_not_know(judge):
         judge.report(torch.zeros(2, 3, 16, 16), attributes)
     with pytest.raises(ValueError, match="multiples of 8"):
         judge(torch.zeros(1, 3, 18, 16))
+
+
+def test_what_is_no_tensor_is_refused_with_the_way_to_one():
+    points = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="needs a tensor of pictures or points, got list; from_pil"):
+        fid([points], points)
+    with pytest.raises(ValueError, match=r"features must give a tensor \(B, D\), got dict"):
+        fid(points, points, features=lambda x: {"name": x})
+    with pytest.raises(ValueError, match="whole number"):
+        precision_recall(points, points, k=1.5)
+    with pytest.raises(ValueError, match="groups"):
+        kid(points, points, groups=2.5)

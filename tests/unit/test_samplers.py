@@ -793,8 +793,8 @@ def test_nan_is_noticed(name):
     ({"steps": 1001}, "1…1000"),
     ({"spacing": "even"}, "spacing"),
     ({"latents": torch.zeros(1, 1, 2, 3)}, r"latents must have shape \(1, 1, 2, 2\), got \(1, 1, 2, 3\)"),
-    ({"eta": 0.5, "sampler": "unipc"}, "unipc has no option eta; it has order"),
-    ({"eat": 0.5, "sampler": "heun"}, "heun has no option eat; it has none"),
+    ({"eta": 0.5, "sampler": "unipc"}, "its sampler unipc has an option eta; the sampler has order"),
+    ({"eat": 0.5, "sampler": "heun"}, "sampler heun has an option eat; the sampler has none"),
     ({"times": [10, 20, None]}, "times must fall"),
     ({"times": [None, 20]}, "times must fall"),
     ({"times": [10]}, "times must fall"),
@@ -858,3 +858,53 @@ def test_rescaled_guidance_says_that_the_network_answers_nan():
     denoise = Denoiser(lambda x, t: torch.full_like(x, torch.nan), LINEAR.zero_terminal_snr(), "v")
     with pytest.raises(FloatingPointError, match="the network answered with NaN or infinity"):
         rescaled_guidance(denoise, Condition(), scale=2.0)(torch.zeros(1, 3, 8, 8), 500)
+
+
+def test_a_sampler_may_be_a_function_of_ones_own():
+    def mine(denoise, x, times):
+        return euler(denoise, x, times)
+
+    denoise = Denoiser(lambda x, t: x, NoiseSchedule.linear())
+    options = {"steps": 5, "progress": False}
+    assert torch.equal(sample(denoise, (1, 1, 2, 2), sampler=mine, **options),
+                       sample(denoise, (1, 1, 2, 2), sampler="euler", **options))
+    with pytest.raises(ValueError, match="its sampler mine has an option eta; the sampler has none"):
+        sample(denoise, (1, 1, 2, 2), sampler=mine, eta=1.0, **options)
+
+
+def test_names_of_other_libraries_are_told_ours():
+    denoise = Denoiser(lambda x, t: x, NoiseSchedule.linear())
+    with pytest.raises(ValueError, match="num_inference_steps is called steps here"):
+        sample(denoise, (1, 1, 2, 2), num_inference_steps=5)
+    with pytest.raises(ValueError, match=r"give Wrapped\(denoise, function\)"):
+        sample(lambda x, t: x, (1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_noise_takes_the_type_of_the_networks_weights(dtype):
+    network = torch.nn.Conv2d(1, 1, 3, padding=1).to(dtype)
+    denoise = Denoiser(Timeless(network), NoiseSchedule.linear())
+    assert sample(denoise, (1, 1, 4, 4), steps=2, progress=False).dtype == dtype
+    latents = torch.randn(1, 1, 4, 4, dtype=torch.float32)
+    assert sample(denoise, (1, 1, 4, 4), steps=2, latents=latents, progress=False).dtype == dtype
+
+
+class Timeless(torch.nn.Module):
+    """A network that doesn't look at the time."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, t):
+        return self.network(x)
+
+
+def test_noise_does_not_depend_on_the_default_dtype():
+    denoise = Denoiser(lambda x, t: x, NoiseSchedule.linear())
+    usual = sample(denoise, (1, 1, 4, 4), steps=2, progress=False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(sample(denoise, (1, 1, 4, 4), steps=2, progress=False), usual)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -425,7 +425,7 @@ def test_to_config_is_a_copy():
 
 
 def test_from_config_passes_over_other_keys_and_fills_in_defaults():
-    schedule = NoiseSchedule.from_config({"_class_name": "DDIMScheduler", "prediction_type": "epsilon"})
+    schedule = NoiseSchedule.from_config({"prediction_type": "epsilon", "clip_sample": False})
     assert torch.equal(schedule.betas, NoiseSchedule.linear().betas)
 
 
@@ -566,3 +566,12 @@ def test_a_curve_that_is_level_or_ends_below_nothing(curve):
 def test_a_sigmoid_without_slope_names_its_width():
     with pytest.raises(ValueError, match="with tau=0.05 the curve is level at its ends"):
         NoiseSchedule.sigmoid(1000, tau=0.05)
+
+
+def test_a_scheduler_that_names_no_betas_is_not_taken_for_the_linear_one():
+    with pytest.raises(ValueError, match="config of this SCMScheduler names no beta_schedule"):
+        NoiseSchedule.from_config({"_class_name": "SCMScheduler", "num_train_timesteps": 1000})
+    unclip = NoiseSchedule.from_config({"_class_name": "UnCLIPScheduler", "num_train_timesteps": 1000})
+    assert torch.equal(unclip.alpha_bar, NoiseSchedule.cosine().alpha_bar)
+    with pytest.raises(ValueError, match="snr_shift_scale=3.0 is not supported"):
+        NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "snr_shift_scale": 3.0})

@@ -58,7 +58,7 @@ def test_other_options_reach_the_sampler(tiny):
     usual, leading = tiny(CAPTION, **FAST), tiny(CAPTION, spacing="leading", **FAST)
     assert (pixels(usual) != pixels(leading)).any()
     assert (pixels(usual) != pixels(tiny(CAPTION, sampler="ddim", eta=1.0, **FAST))).any()
-    with pytest.raises(ValueError, match="has no option warmth"):
+    with pytest.raises(ValueError, match="has an option warmth"):
         tiny(CAPTION, warmth=1.0, **FAST)
 
 
@@ -694,3 +694,33 @@ def test_a_negative_caption_needs_guidance(tiny):
 def test_a_folder_has_its_own_tokenizer(saved, tiny):
     with pytest.raises(ValueError, match="tokenizer is for a single file"):
         StableDiffusion.from_pretrained(saved, tokenizer=tiny.tokenizer)
+
+
+def test_networks_that_do_not_go_together_are_refused(tiny):
+    parts = {name: getattr(tiny, name) for name in ("vae", "text_encoder", "tokenizer", "schedule")}
+    for channels in (5, 7, 8):
+        with pytest.raises(ValueError, match=f"reads {channels} channels and the VAE writes 4: only 4, or 9"):
+            StableDiffusion(unet=UNet(replace(tiny.unet.config, in_channels=channels)), **parts)
+
+
+def test_a_device_that_is_not_there_changes_nothing(tiny):
+    before = tiny(CAPTION, output="tensor", **FAST)
+    with pytest.raises((RuntimeError, AssertionError)):
+        tiny.to("cuda:99")
+    assert torch.equal(tiny(CAPTION, output="tensor", **FAST), before)
+
+
+def test_folders_of_other_kinds_say_which(saved):
+    config = saved / "scheduler" / "scheduler_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"thresholding": True}))
+    with pytest.raises(ValueError, match="wants thresholding, which is for pixels"):
+        StableDiffusion.from_pretrained(saved)
+    (saved / "text_encoder_2").mkdir()
+    with pytest.raises(ValueError, match="two text encoders, as Stable Diffusion XL has"):
+        StableDiffusion.from_pretrained(saved)
+
+
+def test_a_function_as_sampler_is_named_in_the_metadata(tiny):
+    (picture,) = tiny(CAPTION, sampler=dpmpp_2m, **FAST)
+    assert picture.info["sampler"] == "dpmpp_2m" and (pixels([picture]) == pixels(tiny(CAPTION, **FAST))).all()

@@ -887,3 +887,72 @@ def test_who_is_told_nothing_hears_nothing():
     batch = {"x0": torch.zeros(2, 2), "context": torch.ones(2, 3, 2), "embedding": torch.ones(2)}
     with pytest.raises(ValueError, match="empty says nothing about embedding"):
         loss(nn.Identity(), batch, generator_for(0))
+
+
+# What the log says, and what a folder belongs to
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_losss_own_numbers_are_means_like_the_loss(tmp_path, accumulate):
+    def loss(net, x, generator):
+        value = (net(x) - 1).square().mean()
+        return value, {"same": value.item()}
+
+    train(Line(), POINTS, loss, steps=6, lr=1e-2, batch=8, accumulate=accumulate, every=3, folder=tmp_path,
+          progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["same"] == pytest.approx(row["loss"], rel=1e-4) for row in rows)
+
+
+def test_a_finished_folder_is_not_mistaken_for_another_training(tmp_path):
+    first, _ = run(tmp_path, steps=4)
+    again, _ = run(tmp_path, steps=4)
+    assert torch.equal(first.layer.weight, again.layer.weight)
+    for change in ({"weight_decay": 0.5}, {"seed": 5}, {"steps": 2}):
+        with pytest.raises(ValueError, match=f"was trained with another {next(iter(change))}: .* choose another"):
+            run(tmp_path, **{"steps": 4} | change)
+
+
+def test_a_folder_goes_on_towards_its_own_goal_only(tmp_path):
+    torch.manual_seed(0)
+    net, pictures = UNet(UNetConfig(**TINY)), torch.zeros(8, 1, 8, 8)
+    go = lambda loss, **options: train(net, options.pop("x", pictures), loss, lr=1e-3, batch=2,  # noqa: E731
+                                       folder=tmp_path, progress=False, **options)
+    go(NoiseSchedule.linear(), steps=2)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    for loss, options, other in [(DenoisingLoss(NoiseSchedule.linear(), "v"), {}, "prediction"),
+                                 (DenoisingLoss(NoiseSchedule.cosine()), {}, "schedule"),
+                                 (NoiseSchedule.linear(), {"x": pictures[:4]}, "number of pictures")]:
+        with pytest.raises(ValueError, match=f"was trained with another {other}"):
+            go(loss, steps=4, **options)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    go(NoiseSchedule.linear(), steps=4)
+
+
+def test_data_that_carry_gradients_are_data():
+    x = (POINTS * torch.ones(2, requires_grad=True))
+    train(Line(), x, lambda net, x, generator: net(x).square().mean(), steps=3, lr=1e-2, batch=8, progress=False)
+
+
+def test_a_recipe_leaves_folder_and_progress_to_its_caller(recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("[train]", '[train]\nfolder = "elsewhere"'))
+    with pytest.raises(ValueError, match=r"table \[train\].*folder"):
+        run_recipe(recipe, folder=tmp_path / "run", steps=2, progress=False)
+
+
+def test_a_recipe_leaves_the_global_generator_alone(recipe, tmp_path):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    run_recipe(recipe, folder=tmp_path / "run", steps=2, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_mean_loss_does_not_depend_on_the_default_dtype():
+    torch.manual_seed(0)
+    net, pictures = UNet(UNetConfig(**TINY)), torch.zeros(8, 1, 8, 8)
+    usual = mean_loss(net, pictures, DenoisingLoss(NoiseSchedule.linear()))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert mean_loss(net, pictures, DenoisingLoss(NoiseSchedule.linear())) == pytest.approx(usual, rel=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
