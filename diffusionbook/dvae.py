@@ -376,7 +376,8 @@ class VQ(DiscreteAutoencoder):
         """The code whose vector is nearest: (B, embedding, h, w) → (B, h, w)."""
         x = features.permute(0, 2, 3, 1)  # (B, h, w, embedding)
         # |x - c|² without |x|², which is the same for all entries c
-        with torch.autocast(x.device.type, enabled=False):  # a difference of like numbers, too fine for bfloat16
+        kind = "cpu" if x.is_meta else x.device.type
+        with torch.autocast(kind, enabled=False):  # a difference of like numbers, too fine for bfloat16
             return (self.codebook.square().sum(1) - 2 * x @ self.codebook.T).argmin(-1)
 
     def look_up(self, codes: Tensor) -> Tensor:

@@ -404,7 +404,7 @@ ELSEWHERE = {"num_inference_steps": "steps", "guidance_scale": "guidance", "heig
 
 
 def named_sampler(sampler: str | Callable) -> Callable:
-    """The sampler of a name, or the function itself; `ValueError` for an unknown name. Defined in chapter 09."""
+    """The sampler of a name, or the function itself. Raises `ValueError` for another name. Defined in chapter 09."""
     if callable(sampler):
         return sampler
     if sampler not in SAMPLERS:
