@@ -510,7 +510,10 @@ def dynamic_threshold(denoise: Denoiser | Wrapped, *, quantile: float = 0.995, l
 
     def answer(x: Tensor, t) -> Prediction:
         found = denoise(x, t)
-        size = found.x0.flatten(1).abs().float().quantile(quantile, dim=1).clamp(1, limit)  # (B,)
+        sizes = found.x0.flatten(1).abs().float().sort(dim=1).values  # torch.quantile refuses large pictures
+        place = quantile * (sizes.shape[1] - 1)
+        low, high = sizes[:, math.floor(place)], sizes[:, math.ceil(place)]
+        size = torch.lerp(low, high, place % 1).clamp(1, limit)  # (B,)
         size = size.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         x0 = found.x0.clamp(-size, size) / size
         return to_prediction(x0, x, t, schedule=denoise.schedule, prediction="x0")._replace(

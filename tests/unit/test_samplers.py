@@ -908,3 +908,12 @@ def test_noise_does_not_depend_on_the_default_dtype():
         assert torch.equal(sample(denoise, (1, 1, 4, 4), steps=2, progress=False), usual)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.995, 1.0])
+def test_the_size_of_a_picture_is_its_quantile(quantile):
+    x0 = 3 * torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    denoise = Denoiser(lambda x, t: x0, NoiseSchedule.linear(), "x0")
+    size = x0.flatten(1).abs().quantile(quantile, dim=1).view(2, 1, 1, 1)
+    found = dynamic_threshold(denoise, quantile=quantile)(torch.zeros_like(x0), 10).x0
+    assert torch.allclose(found, x0.clamp(-size, size) / size, atol=1e-6)
