@@ -384,7 +384,8 @@ class DallE2:
                    output: str = "pil", progress: bool = False) -> list[Image.Image] | Tensor:
         """Paint a picture `n` times anew: what CLIP sees stays, the rest is free.
 
-        `eta` is the share of noise that is fresh: 0 paints the picture itself again. (Ramesh et al. 2022, section 3.1.)
+        `eta` is the share of noise that is fresh: 0 paints the picture itself again, up to the upsampler's noise.
+        (Ramesh et al. 2022, section 3.1.)
         """
         embedding, noise = self._code(image, n, steps=steps)
         return self._from_code(embedding, noise, eta=eta, steps=steps, guidance=guidance, seed=seed, output=output,

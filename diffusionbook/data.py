@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'STYLES', 'TONES', 'pick_device', 'check_images', 'from_pil', 'to_pil', 'image_grid', 'Film', 'film',
-           'compose_caption', 'repeat_captions', 'check_seed', 'check_count', 'check_output', 'check_negative',
-           'EmojiDataset', 'emoji']
+           'compose_caption', 'repeat_captions', 'check_seed', 'check_count', 'check_output', 'as_mask',
+           'check_negative', 'EmojiDataset', 'emoji']
 
 # %% ../book/00_start_here.ipynb #ch00-22
 import difflib
@@ -202,6 +202,30 @@ def check_output(output: str) -> None:
     """Raise `ValueError` unless pictures are asked for as "pil" or as "tensor". Defined in chapter 00."""
     if output not in ("pil", "tensor"):
         raise ValueError(f'expected output "pil" or "tensor", got {output!r}')
+
+
+def as_mask(mask, size: tuple[int, int]) -> torch.Tensor:
+    """A PIL picture or a tensor (H, W) or (B, 1, H, W) as zeros and ones (B, 1, H, W), float: 1 where to paint.
+
+    White (above a half) is to be painted. Raises `ValueError` for another size or type, for a picture that is partly
+    transparent or nowhere white, and for a tensor whose values don't lie in [0, 1]. Defined in chapter 00.
+    """
+    if isinstance(mask, Image.Image):
+        if mask.has_transparency_data and len(set(mask.convert("RGBA").getchannel("A").getextrema())) > 1:
+            raise ValueError("this mask is partly transparent, and it isn't clear what that means; flatten it first: "
+                             "white to paint, black to keep")
+        mask = (from_pil(mask).mean(1, keepdim=True) + 1) / 2
+        if mask.max() <= 0.5:
+            raise ValueError("nothing in this mask is white, so there is nothing to paint; white is 255")
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"the mask must be a PIL picture or a tensor, got {type(mask).__name__}")
+    mask = mask[None, None] if mask.ndim == 2 else mask
+    if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != tuple(size):
+        raise ValueError(f"the mask must have the size of the picture, {tuple(size)}, got {tuple(mask.shape)}")
+    mask = mask.float()
+    if not ((mask >= 0) & (mask <= 1)).all():
+        raise ValueError("the values of a mask must lie in [0, 1] without NaN; divide by 255 where white is 255")
+    return (mask > 0.5).float()
 
 
 def check_negative(negative: str, guidance: float) -> None:

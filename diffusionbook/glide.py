@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .checkpoints import Model, all_or_nothing, locate, read_json, read_tensors
 from .clip import VisionConfig, VisionEncoder
-from .data import check_images, check_negative, check_output, from_pil, repeat_captions, to_pil
+from .data import as_mask, check_images, check_negative, check_output, from_pil, repeat_captions, to_pil
 from .denoising import Condition, Denoiser, Prediction, Wrapped, classifier_free, to_prediction
 from .layers import TimeEmbedding, sinusoid
 from .samplers import Times, dynamic_threshold, sample, starting_noise, timesteps
@@ -452,26 +452,26 @@ class Glide:
         return self._paint(repeat_captions(prompt, n), None, None, negative=negative, guidance=guidance,
                            upsampler_steps=upsampler_steps, seed=seed, output=output, progress=progress, **wishes)
 
-    def inpaint(self, image, mask: Tensor, prompt: str | list[str], *, negative: str = "", n: int = 1, steps: int = 20,
+    def inpaint(self, image, mask, prompt: str | list[str], *, negative: str = "", n: int = 1, steps: int = 20,
                 guidance: float = 3.0, sampler: str = "dpmpp_2m", upsampler_steps: int | None = None, seed: int = 0,
                 output: str = "pil", progress: bool = True, on_step=None, **options) -> list[Image.Image] | Tensor:
-        """Paint anew where `mask` is True, and keep `image` elsewhere; otherwise as in a call.
+        """Paint anew where `mask` is white, and keep `image` elsewhere; otherwise as in a call.
 
-        `image` is a PIL picture or (1, 3, H, W) in [-1, 1] of the size that this pipeline paints, `mask` boolean,
-        (H, W) or (1, 1, H, W). A network that was trained to see the masked picture is shown it; the known pixels of
-        every guess are put right for any network (`keep_known`).
+        `image` is a PIL picture or (1, 3, H, W) in [-1, 1] of the size that this pipeline paints, `mask` what `as_mask`
+        takes: a PIL picture, or a tensor (H, W) or (1, 1, H, W) of zeros and ones. A network that
+        was trained to see the masked picture is shown it; the known pixels of every guess are put right for any network
+        (`keep_known`).
         Raises `ValueError` for an image or a mask of another size, an image out of range and other impossible wishes.
         """
         side = (self.upsampler or self.base).network.config.sample_size
         image = image if isinstance(image, Tensor) else from_pil(image)
         check_images(image)
         if image.shape != (1, 3, side, side):
-            raise ValueError(f"the image must be one of {side}×{side} pixels, got {tuple(image.shape)}; resize it")
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape[-2:] != (side, side) or (
-                mask.numel() != side**2):
-            told = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"the mask must be boolean, a tensor with one entry per pixel, {side}×{side}, got {told}")
-        mask = mask.reshape(1, 1, side, side)
+            raise ValueError(f"the image must be one of {side}×{side} pixels, got {tuple(image.shape)}; "
+                             f"from_pil(…, size={side}) brings it there")
+        mask = as_mask(mask, (side, side)) > 0
+        if len(mask) > 1:
+            raise ValueError(f"one mask serves all captions, got {len(mask)}")
         wishes = {"steps": steps, "sampler": sampler, "on_step": on_step, **options}
         return self._paint(repeat_captions(prompt, n), image, mask, negative=negative, guidance=guidance,
                            upsampler_steps=upsampler_steps, seed=seed, output=output, progress=progress, **wishes)

@@ -433,9 +433,9 @@ def test_impossible_wishes_are_refused(pipe, wish, message):
 
 
 @pytest.mark.parametrize("image, mask, message", [
-    (torch.zeros(1, 3, 16, 16), torch.ones(8, 8, dtype=torch.bool), "16×16, got torch.bool"),
-    (torch.zeros(1, 3, 16, 16), torch.ones(16, 16), "must be boolean"),
-    (torch.zeros(1, 3, 8, 8), torch.ones(8, 8, dtype=torch.bool), "16×16 pixels.*resize"),
+    (torch.zeros(1, 3, 16, 16), torch.ones(8, 8, dtype=torch.bool), r"size of the picture, \(16, 16\), got"),
+    (torch.zeros(1, 3, 16, 16), torch.full((16, 16), 255.0), r"\[0, 1\] without NaN"),
+    (torch.zeros(1, 3, 8, 8), torch.ones(8, 8, dtype=torch.bool), "16×16 pixels.*from_pil"),
     (torch.full((1, 3, 16, 16), 255.0), torch.ones(16, 16, dtype=torch.bool), r"\[-1, 1\].*127.5"),
 ])
 def test_unfit_pictures_and_masks_are_refused(pipe, image, mask, message):
@@ -444,12 +444,20 @@ def test_unfit_pictures_and_masks_are_refused(pipe, image, mask, message):
 
 
 @pytest.mark.parametrize("mask, message", [
-    (torch.ones(2, 1, 16, 16, dtype=torch.bool), r"16×16, got torch.bool \(2, 1, 16, 16\)"),
-    (Image.new("L", (16, 16)), "a tensor with one entry per pixel, 16×16, got Image"),
+    (torch.ones(2, 1, 16, 16, dtype=torch.bool), "one mask serves all captions, got 2"),
+    (Image.new("L", (16, 16)), "nothing in this mask is white"),
 ])
-def test_a_mask_is_one_boolean_tensor(pipe, mask, message):
+def test_a_mask_is_one_that_shows_something(pipe, mask, message):
     with pytest.raises(ValueError, match=message):
         pipe.inpaint(torch.zeros(1, 3, 16, 16), mask, "pizza", **FAST)
+
+
+def test_a_mask_may_be_drawn(pipe):
+    drawn = Image.new("L", (16, 16), 0)
+    drawn.paste(255, (8, 0, 16, 16))
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(pipe.inpaint(image, drawn, "pizza", **FAST),
+                       pipe.inpaint(image, (torch.arange(16) >= 8).expand(16, 16), "pizza", **FAST))
 
 
 def test_impossible_steps_of_the_upsampler_are_refused_before_the_base_works():
