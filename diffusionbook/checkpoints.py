@@ -262,17 +262,20 @@ def all_or_nothing(folder, *, owned: Collection[str] = ()) -> Iterator[Path]:
     Then a subfolder of `folder` that is named in `owned`, and that the new one doesn't have, is deleted too.
     Defined in the appendix on checkpoints.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as part:
+    folder, new = Path(folder), not Path(folder).exists()
+    home = folder.parent if new else folder  # inside, it is on the same disk, and may be written if `folder` may
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix=f".{folder.name}.", suffix=".part") as part:
         yield Path(part)
-        for name in owned:
-            if (folder / name).is_dir() and not (Path(part) / name).exists():
-                shutil.rmtree(folder / name)
         for path in (path for path in Path(part).rglob("*") if path.is_file()):
             target = folder / path.relative_to(part)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
+        for old in (folder / name for name in owned if not (Path(part) / name).is_dir()):
+            if old.is_symlink():
+                old.unlink()
+            elif old.is_dir():
+                shutil.rmtree(old)
 
 
 def sha256(path) -> str:

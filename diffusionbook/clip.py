@@ -10,7 +10,6 @@ __all__ = ['OPENAI_MEAN', 'OPENAI_STD', 'OPEN_CLIP', 'OPEN_CLIP_DEFAULTS', 'OPEN
 # %% ../book/14_clip.ipynb #89404f96
 import json
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,8 +53,8 @@ def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, logit_sc
     if right is not None and (right.shape != (count, count) or right.dtype != torch.bool):
         raise ValueError(f"right must be boolean of shape ({count}, {count}), an entry for each image and text, got "
                          f"{right.dtype} {tuple(right.shape)}")
-    scale = logit_scale.clamp(max=math.log(100)).exp()
-    logits = scale * F.normalize(image_embeddings, dim=1) @ F.normalize(text_embeddings, dim=1).T  # (B, B)
+    held = logit_scale + (logit_scale.clamp(max=math.log(100)) - logit_scale).detach()  # a gradient that leads back
+    logits = held.exp() * F.normalize(image_embeddings, dim=1) @ F.normalize(text_embeddings, dim=1).T  # (B, B)
     own = torch.eye(count, dtype=torch.bool, device=logits.device)
     right = (own if right is None else right | own).to(logits)
     of_images, of_texts = right / right.sum(1, keepdim=True), right.T / right.sum(0)[:, None]  # rows sum to 1
@@ -309,12 +308,13 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state.get("state_dict", state)
-    except (RuntimeError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+    except Exception as error:  # there is no list of what a damaged pickle may raise
         try:
             return torch.jit.load(path, map_location="cpu").state_dict()
-        except RuntimeError:
-            raise ValueError(f"{path} holds no state dict ({str(error).splitlines()[0]}); convert it to safetensors, "
-                             "or download it again") from error
+        except Exception:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{path} holds no state dict ({said}); convert it to safetensors, or download it "
+                             "again") from error
 
 # %% ../book/14_clip.ipynb #485dc86c
 class CLIP(Model):
@@ -416,13 +416,17 @@ class CLIP(Model):
         path = Path(name_or_path)
         folder = path.parent if path.is_file() else locate(name_or_path, cls.subfolder)
         extra = folder / "open_clip_config.json"
-        theirs = extra.exists() and not (folder / "SHA256SUMS").exists()  # else `save_pretrained` was there last
-        if path.is_file() or theirs:
-            files = [path] if path.is_file() else [f for name in ("model.safetensors", "pytorch_model.bin")
-                                                   if (f := folder / f"open_clip_{name}").exists()]
+        files = [path] if path.is_file() else [f for name in ("model.safetensors", "pytorch_model.bin")
+                                               if (f := folder / f"open_clip_{name}").exists()]
+        complete = any((folder / name).exists() for name in ("SHA256SUMS", "config.json"))  # in transformers' layout
+        ours = (folder / "SHA256SUMS").exists() or not files and complete  # `save_pretrained` was there last
+        if path.is_file() or extra.exists() and not ours:
             if not files:
                 raise FileNotFoundError(f"{folder} has open_clip_config.json, but no open_clip_model.safetensors")
-            state = from_openai_clip(read_checkpoint(files[0]))
+            state = read_checkpoint(files[0])
+            if any(key.startswith("text_model.") for key in state):
+                raise ValueError(f"{files[0]} has transformers' names and needs the files beside it; give its folder")
+            state = from_openai_clip(state)
             try:
                 config = CLIPConfig.from_tensors(state, read_json(extra) if extra.exists() else None)
             except KeyError as error:
@@ -431,8 +435,12 @@ class CLIP(Model):
         else:
             verify(folder)
             config = read_json(folder / "config.json")
-            if (folder / "preprocessor_config.json").exists():
-                colours = read_json(folder / "preprocessor_config.json")
+            colours = {}
+            for name in ("preprocessor_config.json", "processor_config.json"):  # before transformers 5, and since
+                if (folder / name).exists():
+                    told = read_json(folder / name)
+                    colours = colours or told.get("image_processor", told)
+            if colours:
                 config["vision_config"] = (config.get("vision_config") or {}) | {
                     key: colours[key] for key in ("image_mean", "image_std") if key in colours}
             config = CLIPConfig.from_config(config)

@@ -174,7 +174,8 @@ class DalleTransformer(Model):
         text_logits, code_logits = self(ids, codes)
         over = (ids[:, :-1] == self.config.text_vocab - 1).cumsum(1) > 0  # the caption has ended before this place
         following = ids[:, 1:].masked_fill(over, -100)  # -100: don't count
-        text = F.cross_entropy(text_logits.float().flatten(0, 1), following.flatten())
+        text = F.cross_entropy(text_logits.float().flatten(0, 1), following.flatten(), reduction="sum")
+        text = text / (following >= 0).sum().clamp(min=1)  # a text of one token has nothing that follows
         picture = F.cross_entropy(code_logits.float().flatten(0, 1), codes.flatten())
         return text / 8 + picture * 7 / 8, {"text": text.detach(), "picture": picture.detach()}
 
@@ -234,6 +235,8 @@ def sample_codes(transformer: DalleTransformer, ids: Tensor, *, start: Tensor | 
         if guided:
             asked, without = logits.chunk(2)
             logits = without + guidance * (asked - without)
+        if not logits.is_meta and logits.isnan().any():
+            raise FloatingPointError("the transformer answers NaN; use float32, and look at its weights")
         logits = keep_likely(logits / temperature, top_k=top_k, top_p=top_p)
         code = (logits + noise[:, place].to(logits.device)).argmax(-1, keepdim=True)  # a fair draw: chapter 12
         codes = torch.cat([codes, code], dim=1)
@@ -303,11 +306,16 @@ class DallE:
         if each < n or (rerank is None and candidates is not None):
             raise ValueError(f"candidates must be at least n={n}, and needs rerank to choose from them; "
                              f"got candidates={candidates}")
+        if rerank is not None and getattr(rerank, "tokenizer", "") is None:
+            raise ValueError("rerank needs a tokenizer to read captions: set its attribute tokenizer")
         repeated = captions if rerank is None else repeat_captions(prompt, each)
         images = self._paint(repeated, None, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
                              seed=seed, progress=progress)
         if rerank is not None:
-            scores = rerank.score(images, repeated).view(-1, each)  # (captions, candidates)
+            side = rerank.config.vision.image_size if hasattr(rerank, "config") else images.shape[2]
+            seen = images if images.shape[2] == side else F.interpolate(
+                images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+            scores = rerank.score(seen, repeated).view(-1, each)  # (captions, candidates)
             best = scores.topk(n, dim=1).indices + each * torch.arange(len(scores), device=scores.device)[:, None]
             images = images[best.flatten().to(images.device)]
         return to_pil(images) if output == "pil" else images

@@ -9,7 +9,6 @@ __all__ = ['DECODER', 'UPSAMPLER', 'PARTS', 'UPSAMPLING', 'OF_TEXT', 'slerp', 'T
 # %% ../book/18_dalle2.ipynb #4264581d
 import json
 import math
-import pickle
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -158,13 +157,13 @@ def roughened(images: Tensor, generator: torch.Generator, *, blur: float = 0.6, 
     if blur < 0 or noise < 0:
         raise ValueError(f"blur and noise must not be negative, got {blur} and {noise}")
     count, channels = images.shape[:2]
-    strength = torch.rand(2, count, 1, generator=generator).to(images)
+    strength = torch.rand(2, count, 1, generator=generator, dtype=torch.float32).to(images)
     edge = torch.exp(-0.5 / (blur * strength[0]).clamp(min=0.1) ** 2)  # the neighbour's weight beside the pixel's 1
     line = torch.cat([edge, torch.ones_like(edge), edge], dim=1) / (1 + 2 * edge)  # (B, 3)
     kernel = (line[:, :, None] * line[:, None, :]).repeat_interleave(channels, dim=0)[:, None]  # (B·C, 1, 3, 3)
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[None]
     blurred = F.conv2d(padded, kernel, groups=count * channels).view_as(images)
-    grain = torch.randn(images.shape, generator=generator).to(images)
+    grain = torch.randn(images.shape, generator=generator, dtype=torch.float32).to(images)
     return blurred + noise * strength[1].view(-1, 1, 1, 1) * grain
 
 # %% ../book/18_dalle2.ipynb #b706aac8
@@ -234,6 +233,8 @@ class DallE2:
         ]:
             if theirs != ours:
                 raise ValueError(f"{name} is {theirs}, and {ours} was expected; the parts don't belong together")
+        if finisher is not None and bilinear:
+            raise ValueError("a finisher belongs to an upsampler like Karlo's, which learned from bicubic pictures")
         self.text_encoder, self.tokenizer, self.clip = text_encoder, tokenizer, clip
         self.prior, self.text_projection, self.decoder = prior, text_projection, decoder
         self.upsampler, self.finisher, self.bilinear, self.limit = upsampler, finisher, bilinear, limit
@@ -280,7 +281,7 @@ class DallE2:
                              "begin with the same numbers as the decoder's")
         return sample_embedding(self.prior.network, self.read(captions), self.read([negative]), guidance=guidance,
                                 schedule=self.prior.schedule, steps=steps, sampler=sampler, candidates=candidates,
-                                limit=self.limit, seed=seed, progress=progress)
+                                limit=self.limit, prediction=self.prior.prediction, seed=seed, progress=progress)
 
     def read(self, captions: list[str]) -> Condition:
         """What the prior, and the text projection, are told about captions."""
@@ -349,10 +350,12 @@ class DallE2:
     def without_prior(self) -> Glide:
         """The same cascade as a `Glide`, which goes by the caption alone, and inpaints if the decoder learned to.
 
-        Raises `ValueError` for a cascade with a finisher, for which GLIDE has no place.
+        Raises `ValueError` for a cascade whose upsampler works in another way than GLIDE's: with a finisher, or from
+        pictures that were enlarged bicubically.
         """
-        if self.finisher is not None:
-            raise ValueError("GLIDE's upsampler has no finisher; paint(None, captions) goes by captions alone, too")
+        if self.upsampler is not None and (self.finisher is not None or not self.bilinear):
+            raise ValueError("GLIDE's upsampler has no finisher and enlarges bilinearly; paint(None, captions) goes by "
+                             "captions alone, too")
         return Glide(base=self.decoder, conditioner=CaptionOnly(self), upsampler=self.upsampler)
 
     # From a picture to others
@@ -414,8 +417,9 @@ class DallE2:
         Its embedding turns towards the difference of the texts' embeddings, by up to the share `amount` of the angle.
         (Ramesh et al. 2022, section 3.3.)
         """
-        if before == after:
-            raise ValueError(f"the two texts must differ, got {before!r} twice")
+        ids = self.tokenizer([before, after])
+        if torch.equal(ids[0], ids[1]):
+            raise ValueError(f"the two texts must differ, got {before!r} and {after!r}, which are read alike")
         z, noise = self._code(image, steps, steps=decoder_steps)
         old, new = F.normalize(self.read([before, after]).embedding, dim=1)
         difference = F.normalize(new - old, dim=0) * z[0].norm()  # as long as z, so that lengths stay
@@ -445,7 +449,7 @@ class DallE2:
         """
         folder = locate(name_or_path)
         parts = _read_clip(folder, dtype)
-        if list(folder.glob("prior-ckpt*")):
+        if list(folder.glob("prior-ckpt*")) and not (folder / "model_index.json").exists():
             return cls(**parts, **_read_karlo(folder, dtype))
         if missing := [part for part in PARTS if part not in ("text_encoder", "tokenizer")
                        and not (folder / part).is_dir()]:
@@ -517,8 +521,12 @@ def _read_clip(folder: Path, dtype: torch.dtype) -> dict:
     """The parts that know language and, if there are any, pictures: text_encoder, tokenizer, clip."""
     if (folder / "clip").is_dir():
         clip = CLIP.from_pretrained(folder / "clip", dtype=dtype)
-        tokenizer = clip.tokenizer or Tokenizer.from_pretrained(folder / "tokenizer")
-        return {"text_encoder": clip.text_tower(), "tokenizer": tokenizer, "clip": clip}
+        parts = {"text_encoder": clip.text_tower(), "tokenizer": clip.tokenizer, "clip": clip}
+        for name, kind in (("text_encoder", partial(TextEncoder.from_pretrained, dtype=dtype)),
+                           ("tokenizer", Tokenizer.from_pretrained)):  # they may have learned more than CLIP's
+            if (folder / name).is_dir():
+                parts[name] = kind(folder / name)
+        return parts
     if not (folder / "text_encoder").is_dir():
         raise FileNotFoundError(f"{folder} has no CLIP: expected a folder clip, or text_encoder, as Karlo has it")
     text_encoder = TextEncoder.from_pretrained(folder / "text_encoder", dtype=dtype)
@@ -548,7 +556,7 @@ def _read_scheduler(folder: Path):
     if kind not in kinds:
         raise ValueError(f"prediction_type={kind!r} in {folder}; expected one of {', '.join(kinds)}")
     make = partial(Denoiser, schedule=NoiseSchedule.from_config(config), prediction=kinds[kind])
-    return make, config.get("clip_sample_range", 1.0)
+    return make, (config.get("clip_sample_range") or 1.0) if config.get("clip_sample", True) else math.inf
 
 
 def save_scheduler(folder, denoise: Denoiser, *, limit: float = 1.0) -> None:
@@ -578,7 +586,7 @@ def _read_karlo(folder: Path, dtype: torch.dtype) -> dict:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which Karlo's files contain")
     try:
         mean, std = torch.load(found["ViT-L-14_stats"], map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # there is no list of what a damaged pickle may raise
         raise ValueError(f"{found['ViT-L-14_stats']} is damaged, or doesn't hold the mean and the deviation of CLIP's "
                          "embeddings; download it again") from error
     prior, decoder, upsamplers = (read_tensors(path) for path in list(found.values())[:3])

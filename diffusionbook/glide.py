@@ -11,6 +11,7 @@ __all__ = ['OPENAI_BLOCK', 'GLIDE_FILES', 'classifier_guidance', 'guidance_inter
 import importlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -162,7 +163,7 @@ class GlideText(Model):
         )
         self.final_ln = nn.LayerNorm(c.width)
         self.transformer_proj = nn.Linear(c.width, c.time_width)
-        self.tokenizer: Callable[[list[str]], Tensor] | None = None  # None: GPT-2's
+        self.tokenizer: Callable[..., Tensor] | None = None  # called with a list and truncate=False; None: GPT-2's
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         for block in self.blocks:
             block.init_weights(c.layers)
@@ -182,6 +183,7 @@ class GlideText(Model):
         """What the U-Net is told about captions. Raises `ValueError` for one that is too long."""
         if self.tokenizer is None:
             self.tokenizer = gpt2_tokenizer(context_length=self.config.context_length)
+        captions = [captions] if isinstance(captions, str) else captions
         lower = [caption.lower() for caption in captions]  # GLIDE was trained so
         return self(self.tokenizer(lower, truncate=False).to(self.device))
 
@@ -190,14 +192,18 @@ class GlideText(Model):
         """Load what `save_pretrained` wrote, with its tokenizer where that isn't GPT-2's."""
         model, folder = super().from_pretrained(name_or_path, dtype=dtype), locate(name_or_path, cls.subfolder)
         if (folder / "tokenizer").is_dir():
-            model.tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+            told = read_json(folder / "tokenizer" / "tokenizer_config.json")
+            kind = GPT2Tokenizer if told.get("tokenizer_class") == GPT2Tokenizer.saved_class else Tokenizer
+            model.tokenizer = kind.from_pretrained(folder / "tokenizer")
         return model
 
     def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
-        """Write config, weights and sums into a folder, and the tokenizer where it isn't GPT-2's."""
+        """Write config, weights and sums into a folder, and a `Tokenizer` that isn't GPT-2's."""
+        own, place = self.tokenizer, Path(folder) / "tokenizer"
         super().save_pretrained(folder, dtype=dtype)
-        if isinstance(self.tokenizer, Tokenizer) and not isinstance(self.tokenizer, GPT2Tokenizer):
-            self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
+        shutil.rmtree(place, ignore_errors=True)  # that of another network which was here
+        if isinstance(own, Tokenizer) and (not isinstance(own, GPT2Tokenizer) or own.vocab != gpt2_tokenizer().vocab):
+            own.save_pretrained(place)
 
     def load(self, state: dict, **options) -> "GlideText":
         """Put the tensors of a state dict in place, in our names or in those of the public files."""

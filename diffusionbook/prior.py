@@ -270,11 +270,12 @@ FAR = 2**28  # between the seeds of candidates, so that those of neighbouring pi
 @torch.no_grad()
 def sample_embedding(prior: DiffusionPrior, told: Condition, untold: Condition, *, schedule: NoiseSchedule,
                      guidance: float = 4.0, steps: int = 25, sampler: str = "ddpm", candidates: int = 2,
-                     limit: float = 5.0, seed: int = 0, progress: bool = False) -> Tensor:
+                     limit: float = 5.0, prediction: str = "x0", seed: int = 0, progress: bool = False) -> Tensor:
     """Draw CLIP image embeddings (B, D) for texts; row i depends on its text and on seed + i alone.
 
     `told` has the texts' embeddings, words and mask (`text_condition`), `untold` those of the empty text, one row or
-    B. Of `candidates` draws the one most similar to the text embedding is kept. `limit` bounds the standardised guess.
+    B. Of `candidates` draws the one most similar to the text embedding is kept. `limit` bounds the standardised guess,
+    and `prediction` is what the network was trained for.
     Raises `ValueError` unless there is at least one candidate. (Ramesh et al. 2022, section 2.2.)
     Defined in chapter 17.
     """
@@ -284,7 +285,7 @@ def sample_embedding(prior: DiffusionPrior, told: Condition, untold: Condition, 
     shape = told.embedding.shape
     untold = Condition(**{name: part.expand(len(told.embedding), *part.shape[1:])
                           for name, part in untold.parts().items()})
-    denoise = classifier_free(Denoiser(prior, schedule, "x0", told), untold, scale=guidance)
+    denoise = classifier_free(Denoiser(prior, schedule, prediction, told), untold, scale=guidance)
     drawn = torch.stack([prior.restore(sample(
         clamped(denoise, limit=limit), shape, sampler=sampler, steps=steps, spacing="linspace",
         seed=(seed + FAR * i) % 2**63, device=prior.device, dtype=prior.dtype, progress=progress))

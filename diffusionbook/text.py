@@ -284,6 +284,8 @@ class Tokenizer:
         }
         if self.added:
             files["added_tokens.json"] = json.dumps(self.added, ensure_ascii=False)
+        else:
+            (Path(folder) / "added_tokens.json").unlink(missing_ok=True)
         for name, text in files.items():
             write_atomically(Path(folder) / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
 
@@ -306,6 +308,8 @@ class Tokenizer:
         elif (folder / "tokenizer.json").exists():
             model = read("tokenizer.json").get("model", {})
             vocab, merges = model.get("vocab", {}), model.get("merges", [])
+            if not isinstance(vocab, dict):
+                raise ValueError(f"{folder}/tokenizer.json is no byte-pair encoding, the only kind that can be read")
         else:
             raise FileNotFoundError(f"no tokenizer in {folder}: expected vocab.json and merges.txt, "
                                     "or tokenizer.json")
@@ -315,7 +319,7 @@ class Tokenizer:
         if lost := _without_merge(vocab, merges):
             raise ValueError(f"the tokenizer in {folder} is truncated or of another kind: no merge makes "
                              f"{len(lost)} of its symbols, such as {lost[0]!r}; download or save it again")
-        length = config.get("model_max_length", 77)
+        length = config.get("model_max_length") or 77
         length = length if length < 1e6 else 77  # transformers writes 1e30 for "not known"
         tokenizer = cls(vocab, merges, context_length=length, pad=pad)
         added = read("added_tokens.json") | {token["content"]: int(number) for number, token in

@@ -200,7 +200,8 @@ class UNetConfig:
         }
         widths = [width // heads for width, heads in zip(self.channels, self.heads, strict=True)]
         if self.context_width:
-            heads = widths if kinds == {"added"} else list(self.heads)  # one name in the layout, two meanings
+            # one name in the layout, two meanings
+            heads = [self.head_width()] if kinds == {"added"} else list(self.heads)
             return shared | {
                 "_class_name": "UNet2DConditionModel",
                 "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
@@ -257,6 +258,8 @@ class UNetConfig:
             middle = "self" if config.get("add_attention", True) else None
         heads = config.get("attention_head_dim", 8)
         heads = heads if isinstance(heads, list | tuple) else (heads,) * len(channels)
+        if "added" in attention and len(set(heads)) > 1:  # diffusers' way up takes them in the order of the way down
+            raise ValueError(f"attention_head_dim={list(heads)} is not supported; all heads must have one width")
         if middle != "cross":  # there, and only there, the number of heads is called attention_head_dim
             heads = tuple(width // (head or width) for width, head in zip(channels, heads, strict=True))
         ours = cls(

@@ -157,6 +157,8 @@ def main(folder: Path, steps: int, batch: int, ship: Path, hard: bool, look: boo
     data = emoji("train")
     images = data.images().to(device)
     names = [a["name"] for a in data.attributes]
+    if hard:
+        folder = folder / "hard"  # beside what the usual training left
     if look:
         folder = folder / "look"  # beside what the first training left, from which it must not go on
         clip = CLIP.from_pretrained(SHIPPED / "clip").float().to(device)

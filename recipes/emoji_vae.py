@@ -114,7 +114,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.start and given.ratio:
         parser.error("--ratio begins a small network anew; leave out --from")
-    name = f"emoji_vae_{given.ratio}" if given.ratio else "emoji_vae"
+    name = f"emoji_vae_{given.ratio}" if given.ratio else "emoji_vae_on" if given.start else "emoji_vae"
     ship = WEIGHTS / "emoji" / (f"vae-{given.ratio}" if given.ratio else "vae")
     main(given.folder or Path("runs") / name, given.ship or ship, given.start, given.ratio, given.steps, given.batch,
          given.lr)

@@ -21,6 +21,7 @@ from diffusionbook.checkpoints import (
     OLD_TRANSFORMERS,
     OPENAI_TEXT,
     Model,
+    all_or_nothing,
     check_keys,
     from_guided_diffusion,
     guided_diffusion_names,
@@ -598,3 +599,28 @@ def test_a_name_that_means_two_things_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"'digits' ships, and there is a folder of that name here.*'./digits'"):
         locate("digits")
     assert locate("./digits") == Path("digits")
+
+
+def test_a_folder_behind_a_link_is_saved_into(tmp_path):
+    """What the link leads to may be another disk, and its old parts go only once the new ones are there."""
+    real = tmp_path / "disk" / "model"
+    (real / "old").mkdir(parents=True)
+    (real / "old" / "weights").write_text("old")
+    (tmp_path / "link").symlink_to(real)
+    with pytest.raises(RuntimeError), all_or_nothing(tmp_path / "link", owned=["old"]) as new:
+        (new / "weights").write_text("new")
+        raise RuntimeError
+    assert [path.name for path in real.iterdir()] == ["old"]
+    with all_or_nothing(tmp_path / "link", owned=["old"]) as new:
+        assert new.resolve().parent == real.resolve()
+        (new / "weights").write_text("new")
+    assert [path.name for path in real.iterdir()] == ["weights"]
+
+
+def test_an_owned_part_that_is_a_link_is_taken_off(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").symlink_to(tmp_path / "elsewhere")
+    with all_or_nothing(tmp_path / "model", owned=["old"]) as new:
+        (new / "weights").write_text("new")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["weights"] and (tmp_path / "elsewhere").is_dir()

@@ -388,3 +388,44 @@ def test_shipped_clip_finds_captions_of_pictures_that_it_never_saw():
     image = torch.cat([clip.encode_image(part) for split in splits for part in split.images().split(128)])
     found = retrieval(image, clip.embed_texts([caption for split in splits for caption in split.captions]))
     assert found["image_to_text@1"] > 0.55 and found["text_to_image@1"] > 0.55, found
+
+
+def test_a_temperature_that_overshot_comes_back():
+    g = torch.Generator().manual_seed(0)
+    image, text = torch.randn(8, 16, generator=g), torch.randn(8, 16, generator=g)
+    scale = torch.tensor(5.0, requires_grad=True)
+    contrastive_loss(image, text, scale).backward()
+    held = torch.tensor(math.log(100), requires_grad=True)
+    contrastive_loss(image, text, held).backward()
+    assert scale.grad.item() > 0 and scale.grad.item() == pytest.approx(held.grad.item(), rel=1e-4)
+
+
+def test_one_file_in_transformers_names_asks_for_its_folder(clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="transformers' names and needs the files beside it; give its folder"):
+        CLIP.from_pretrained(tmp_path / "model.safetensors")
+
+
+def test_colours_are_read_where_transformers_5_writes_them(clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    colours = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    other = {"image_processor": colours | {"image_mean": [0.1, 0.2, 0.3]}, "processor_class": "CLIPProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(other))
+    assert CLIP.from_pretrained(tmp_path).config.vision.mean == (0.1, 0.2, 0.3)
+
+
+def test_transformers_files_are_read_beside_open_clips_config(clip, images, tmp_path):
+    clip.save_pretrained(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": {}}))
+    assert torch.equal(CLIP.from_pretrained(tmp_path).encode_image(images), clip.encode_image(images))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+def test_a_truncated_file_says_which(clip, tmp_path, share):
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    content = (tmp_path / "clip.pt").read_bytes()
+    (tmp_path / "clip.pt").write_bytes(content[:int(share * len(content))])
+    with pytest.raises(ValueError, match=r"clip.pt holds no state dict \(.*download it"):
+        CLIP.from_pretrained(tmp_path / "clip.pt")

@@ -368,3 +368,25 @@ def test_names_of_gpt2_and_back(net):
     assert theirs["lm_head.weight"] is theirs["transformer.wte.weight"]
     back = from_gpt2(theirs)
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_nan_is_no_code(pipeline):
+    broken = DallE(dvae=pipeline.dvae, transformer=DalleTransformer(SMALL).eval(), tokenizer=pipeline.tokenizer)
+    with torch.no_grad():
+        next(broken.transformer.parameters()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="answers NaN"):
+        broken("pizza", progress=False)
+
+
+def test_a_text_of_one_token_costs_nothing():
+    net = DalleTransformer(dataclasses.replace(SMALL, text_length=1))
+    loss, parts = net.loss(torch.tensor([[3]]), random_codes(1))
+    assert parts["text"] == 0 and loss.item() == pytest.approx(parts["picture"].item() * 7 / 8)
+
+
+def test_who_ranks_pictures_must_read(pipeline):
+    class Mute:
+        tokenizer = None
+
+    with pytest.raises(ValueError, match="rerank needs a tokenizer"):
+        pipeline("pizza", rerank=Mute(), progress=False)

@@ -63,6 +63,13 @@ def tiny():
         decoder=Denoiser(randomise(UNet(decoder)), COSINE, "v"), upsampler=Denoiser(randomise(UNet(upsampler)), COSINE))
 
 
+def bilinear(system):
+    """The same with an upsampler that learned as GLIDE's."""
+    system = copy.copy(system)
+    system.bilinear = True
+    return system
+
+
 def pictures(count, side=16, seed=0):
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
@@ -219,7 +226,7 @@ def test_without_the_prior(tiny):
 
 def test_without_the_prior_it_is_glide(tiny):
     """One cascade, two systems: the same decoder reads captions alone, and paints a hole that it is shown."""
-    glide = tiny.without_prior()
+    glide = bilinear(tiny).without_prior()
     told = glide.denoiser(["pizza"], guidance=1, concat=torch.zeros(1, 4, 8, 8))
     own = tiny.denoiser(None, ["pizza"], guidance=1)
     x = torch.randn(1, 3, 8, 8)
@@ -233,13 +240,13 @@ def test_without_the_prior_it_is_glide(tiny):
 def test_glide_has_no_finisher(tiny):
     parts = {name: getattr(tiny, name) for name in ("text_encoder", "tokenizer", "prior", "text_projection", "decoder")}
     whole = DallE2(**parts, upsampler=tiny.upsampler, finisher=tiny.upsampler.network)
-    with pytest.raises(ValueError, match=r"no finisher; paint\(None, captions\)"):
+    with pytest.raises(ValueError, match=r"no finisher and enlarges bilinearly; paint\(None, captions\)"):
         whole.without_prior()
 
 
 def test_glide_without_parts_of_its_own_is_not_half_saved(tiny, tmp_path):
     with pytest.raises(ValueError, match="CaptionOnly, can't be saved by itself; save the pipeline"):
-        tiny.without_prior().save_pretrained(tmp_path)
+        bilinear(tiny).without_prior().save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -387,6 +394,8 @@ def test_half_precision(tiny, tmp_path, bilinear):
     assert images.shape == (1, 3, 16, 16) and images.dtype == torch.float32 and images.isfinite().all()
     code = again.encode(pictures(1), steps=1)
     assert all(part.dtype == torch.bfloat16 and part.isfinite().all() for part in code)
+    if not bilinear:
+        return
     glide = Glide.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert glide.base.network.dtype == glide.upsampler.network.dtype == torch.bfloat16
 
@@ -412,6 +421,7 @@ def test_what_is_missing_is_named(tiny, tmp_path):
     (tmp_path / "prior").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="lacks prior"):
         DallE2.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").unlink()
     (tmp_path / "prior-ckpt-step=1.ckpt").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="decoder-ckpt"):
         DallE2.from_pretrained(tmp_path)
@@ -445,7 +455,7 @@ def test_everything_runs_on_another_device(tiny):
 
 
 def test_without_its_prior_it_still_moves(tiny):
-    glide = copy.deepcopy(tiny).without_prior().to("meta")
+    glide = bilinear(copy.deepcopy(tiny)).without_prior().to("meta")
     told = glide.conditioner.condition(["red heart"])
     assert told.context.is_meta and glide.base.network.device.type == glide.upsampler.network.device.type == "meta"
 
@@ -460,5 +470,55 @@ def test_what_an_older_system_left_in_a_folder_goes(tiny, tmp_path):
 
 
 def test_equal_texts_have_no_difference(tiny):
-    with pytest.raises(ValueError, match="must differ, got 'pizza' twice"):
+    with pytest.raises(ValueError, match="must differ, got 'pizza' and 'pizza'"):
         tiny.text_diff(pictures(1), "pizza", "pizza", steps=2)
+
+
+def test_the_priors_prediction_is_obeyed_and_saved(tiny, tmp_path):
+    other = copy.copy(tiny)
+    other.prior = dataclasses.replace(tiny.prior, prediction="v")
+    ours, theirs = (system.imagine(["pizza"], steps=3) for system in (tiny, other))
+    assert (ours - theirs).abs().max() > 0.01
+    other.save_pretrained(tmp_path / "v")
+    assert torch.allclose(DallE2.from_pretrained(tmp_path / "v").imagine(["pizza"], steps=3), theirs, atol=1e-5)
+
+
+def test_a_text_encoder_of_its_own_comes_back(tiny, tmp_path):
+    other = copy.copy(tiny)
+    other.text_encoder = randomise(copy.deepcopy(tiny.text_encoder), 0.5)
+    other.save_pretrained(tmp_path / "own")
+    again = DallE2.from_pretrained(tmp_path / "own")
+    told, before = (system.read(["pizza"]).embedding for system in (again, other))
+    assert torch.allclose(told, before, atol=1e-5) and (before - tiny.read(["pizza"]).embedding).abs().max() > 0.01
+
+
+def test_a_scheduler_that_clips_nothing(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "prior_scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    assert DallE2.from_pretrained(tmp_path / "model").limit == torch.inf
+
+
+def test_texts_that_are_read_alike_have_no_difference(tiny):
+    with pytest.raises(ValueError, match="read alike"):
+        tiny.text_diff(pictures(1), "red heart", "Red  HEART", steps=2, decoder_steps=2)
+
+
+def test_what_glide_cannot_enlarge_stays_with_dalle2(tiny):
+    assert not tiny.bilinear
+    with pytest.raises(ValueError, match="enlarges bilinearly"):
+        tiny.without_prior()
+    parts = {name: getattr(tiny, name) for name in ("text_encoder", "tokenizer", "prior", "text_projection", "decoder",
+                                                    "upsampler")}
+    with pytest.raises(ValueError, match="a finisher belongs to an upsampler like Karlo's"):
+        DallE2(**parts, bilinear=True, finisher=tiny.upsampler.network)
+
+
+def test_roughness_does_not_depend_on_the_default_dtype():
+    images = pictures(2)
+    usual = roughened(images, torch.Generator().manual_seed(0), blur=1.0, noise=0.1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(roughened(images, torch.Generator().manual_seed(0), blur=1.0, noise=0.1), usual)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -34,7 +34,7 @@ from diffusionbook.glide import (
 from diffusionbook.samplers import levels, log_likelihood, sample, timesteps
 from diffusionbook.schedules import NoiseSchedule
 from diffusionbook.scores import GaussianMixture
-from diffusionbook.text import train_bpe
+from diffusionbook.text import GPT2Tokenizer, byte_symbols, train_bpe
 from diffusionbook.unet import PRESETS, UNet, UNetConfig
 
 SCHEDULE = NoiseSchedule.cosine()
@@ -578,3 +578,21 @@ def test_weights_of_another_model_are_refused(pipe, tmp_path, small_presets):
 def test_a_negative_caption_needs_guidance():
     with pytest.raises(ValueError, match="negative works through guidance, which 1 turns off"):
         tiny().denoiser(["pizza"], negative="blurry", guidance=1)
+
+
+def test_a_caption_is_one_row():
+    text = tiny_text()
+    assert torch.equal(text.condition("pizza").context, text.condition(["pizza"]).context)
+
+
+def test_a_tokenizer_of_the_kind_of_gpt2_comes_back(tmp_path):
+    text = tiny_text()
+    symbols = [*byte_symbols().values(), "<|endoftext|>"]
+    text.tokenizer = GPT2Tokenizer({symbol: i for i, symbol in enumerate(symbols)}, [], context_length=12)
+    text.save_pretrained(tmp_path)
+    again = GlideText.from_pretrained(tmp_path)
+    assert isinstance(again.tokenizer, GPT2Tokenizer) and again.tokenizer.vocab == text.tokenizer.vocab
+    assert torch.equal(again.condition(["pizza"]).context, text.condition(["pizza"]).context)
+    text.tokenizer = None
+    text.save_pretrained(tmp_path)
+    assert not (tmp_path / "tokenizer").exists()

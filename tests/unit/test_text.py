@@ -468,3 +468,25 @@ def test_vocabulary_is_the_same_in_any_order_of_texts():
     first = train_bpe(lines, 525)
     random.Random(1).shuffle(lines)
     assert train_bpe(lines, 525).merges == first.merges
+
+
+def test_a_word_that_was_forgotten_does_not_come_back(tmp_path):
+    tokenizer = train_bpe(["red heart", "pizza"], 520, context_length=10)
+    tokenizer.add("zorb", 520)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer.forget("zorb")
+    tokenizer.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).encode("zorb") == tokenizer.encode("zorb")
+
+
+def test_another_kind_of_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": [["a", -1.0]]}}))
+    with pytest.raises(ValueError, match="no byte-pair encoding"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_length_that_is_not_told_is_the_usual_one(tmp_path):
+    train_bpe(["red heart", "pizza"], 520, context_length=10).save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": None}))
+    assert Tokenizer.from_pretrained(tmp_path).context_length == 77

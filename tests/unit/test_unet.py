@@ -287,7 +287,7 @@ def test_presets_survive_the_public_layout(name):
     GUIDED,
     CLASSES,
     dataclasses.replace(CLASSES, residual_resampling=False, dropout=0.1),
-    dataclasses.replace(GUIDED, attention=("added", "added"), scale_shift=False, heads=(1, 3)),
+    dataclasses.replace(GUIDED, attention=("added", "added"), scale_shift=False, heads=(2, 3)),
 ])
 def test_configs_survive_the_public_layout(config):
     assert UNetConfig.from_config(config.to_config()) == config
@@ -414,3 +414,15 @@ def test_a_network_that_is_told_a_class_wants_one():
     with pytest.raises(ValueError, match=r"is told a class: give embedding, 2 numbers in 0…4"):
         net(x, t)
     assert net(x, t, embedding=torch.tensor([0, 4])).shape == x.shape
+
+
+def test_heads_of_several_widths_have_no_place_in_the_layout_where_words_are_added():
+    """diffusers' way up takes them in the order of the way down, and so answers something else."""
+    config = UNetConfig(channels=(16, 16), attention=("added", "added"), heads=(2, 4), layers_per_block=1, groups=8,
+                        context_width=8, scale_shift=True, residual_resampling=True, middle="added")
+    with pytest.raises(ValueError, match="one width of heads was expected"):
+        config.to_config()
+    even = dataclasses.replace(config, heads=(2, 2)).to_config()
+    assert even["attention_head_dim"] == 8
+    with pytest.raises(ValueError, match="all heads must have one width"):
+        UNetConfig.from_config(even | {"attention_head_dim": [8, 4]})
