@@ -464,9 +464,8 @@ class Glide:
         """Paint anew where `mask` is white, and keep `image` elsewhere; otherwise as in a call.
 
         `image` is a PIL picture or (1, 3, H, W) in [-1, 1] of the size that this pipeline paints, `mask` what `as_mask`
-        takes: a PIL picture, or a tensor (H, W) or (1, 1, H, W) of zeros and ones. A network that
-        was trained to see the masked picture is shown it; the known pixels of every guess are put right for any network
-        (`keep_known`).
+        takes: a PIL picture, or a tensor (H, W) or (1, 1, H, W) of zeros and ones. A network that was trained
+        to see the masked picture is shown it; the known pixels of every guess are put right for any (`keep_known`).
         Raises `ValueError` for an image or a mask of another size, an image out of range and other impossible wishes.
         """
         side = (self.upsampler or self.base).network.config.sample_size

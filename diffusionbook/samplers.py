@@ -429,9 +429,9 @@ def sample(denoise: Denoiser | Wrapped, shape: tuple[int, ...], *, sampler: str 
     `sampler` is one of `SAMPLERS` by name, or a function like them. `times` may be given instead of `steps` and
     `spacing`, `latents` instead of noise from `seed`; `seed` still decides the fresh noise of random samplers.
     `device` and `dtype` are by default those of the network's weights. `on_step(i, x, prediction)` sees every state;
-    `options` go to the sampler (`eta=…`, `order=…`). Raises
-    `ValueError` for an unknown sampler or option, a number of steps that the schedule doesn't have, or a wrong shape,
-    and `FloatingPointError` when the result isn't finite. Defined in chapter 09.
+    `options` go to the sampler (`eta=…`, `order=…`). Raises `ValueError` for an unknown sampler or option, a number of
+    steps that the schedule doesn't have, or a wrong shape, and `FloatingPointError` when the result isn't finite.
+    Defined in chapter 09.
     """
     if not hasattr(denoise, "schedule"):
         raise ValueError(f"sample follows a Denoiser, got {type(denoise).__name__}; to answer by a function of your "
@@ -454,10 +454,9 @@ def sample(denoise: Denoiser | Wrapped, shape: tuple[int, ...], *, sampler: str 
         raise ValueError(f"latents must have shape {tuple(shape)}, got {tuple(latents.shape)}")
     source = noise_source(seed)
     fresh = source(torch.empty(shape, dtype=torch.float32))
-    x = fresh if latents is None else latents
     if (weights := _weights_of(denoise)) is not None:
-        x = x.to(weights.device if device is None else device, dtype or weights.dtype)
-    x = x.to(device, dtype)
+        device, dtype = weights.device if device is None else device, dtype or weights.dtype
+    x = (fresh if latents is None else latents).to(device, dtype)
     if "noise" in known:
         options = {"noise": source, **options}
     states = follow(denoise, x, times, **options)

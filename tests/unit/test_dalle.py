@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -390,3 +391,19 @@ def test_who_ranks_pictures_must_read(pipeline):
 
     with pytest.raises(ValueError, match="rerank needs a tokenizer"):
         pipeline("pizza", rerank=Mute(), progress=False)
+
+
+def test_pictures_are_ranked_at_the_size_that_the_judge_reads(pipeline):
+    class Reader:
+        """Prefers dark pictures, of 8×8 pixels."""
+
+        config = SimpleNamespace(vision=SimpleNamespace(image_size=8))
+        tokenizer = pipeline.tokenizer
+
+        def score(self, images, captions):
+            assert images.shape[2:] == (8, 8) and images.abs().max() <= 1
+            return -images.mean((1, 2, 3))
+
+    options = {"seed": 3, "output": "tensor", "progress": False}
+    best, many = pipeline("pizza", rerank=Reader(), candidates=4, **options), pipeline("pizza", n=4, **options)
+    assert best.shape == (1, 3, 16, 16) and torch.equal(best[0], min(many, key=lambda x: x.mean()))
