@@ -19,13 +19,16 @@ SYSTEMS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, or 2 with one sentence on stderr for an impossible wish."""
+    """Run the command line. Exit code: 0, 2 with one sentence on stderr for an impossible wish, 130 if interrupted."""
     given = _parser().parse_args(arguments)
     try:
         given.run(given)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"diffusionbook: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("diffusionbook: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -74,7 +77,9 @@ def _generate(given: argparse.Namespace) -> None:
 
 
 def _painter(model: str):
-    """The pipeline of a system that ships, or of a folder."""
+    """The pipeline of a system that ships, or of a folder or file."""
+    if model not in SYSTEMS and not Path(model).exists() and "/" not in model:
+        raise ValueError(f"there is no model named {model!r}; choose {', '.join(SYSTEMS)}, or give the path of a folder")
     module, name = SYSTEMS[model if model in SYSTEMS else _system(Path(model))]
     pipeline = getattr(import_module(f"diffusionbook.{module}"), name)
     return pipeline.from_pretrained("emoji" if model in SYSTEMS else model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import Model, all_or_nothing, locate, rename
-from .data import check_images, check_output, check_seed, from_pil, repeat_captions, to_pil
+from .data import check_images, check_output, check_seed, from_pil, repeat_captions, seeded, to_pil
 from .dvae import DVAE, gumbel_noise
 from .layers import split_heads
 from .text import Tokenizer, TransformerBlock
@@ -223,7 +223,7 @@ def sample_codes(transformer: DalleTransformer, ids: Tensor, *, start: Tensor | 
     if guided and unconditional is None:
         raise ValueError("guidance needs a caption to move away from; give unconditional, or guidance=1")
     codes = ids.new_empty(count, 0) if start is None else start
-    noise = torch.stack([gumbel_noise((c.places, c.codes), torch.Generator().manual_seed(seed + i))
+    noise = torch.stack([gumbel_noise((c.places, c.codes), seeded(seed + i))
                          for i in range(count)])  # (B, places, codes)
     tokens = transformer.tokens(ids, codes)
     if guided:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'STYLES', 'TONES', 'pick_device', 'check_images', 'from_pil', 'to_pil', 'image_grid', 'Film', 'film',
-           'compose_caption', 'repeat_captions', 'check_seed', 'check_count', 'check_output', 'as_mask',
+           'compose_caption', 'repeat_captions', 'check_seed', 'seeded', 'check_count', 'check_output', 'as_mask',
            'check_negative', 'EmojiDataset', 'emoji']
 
 # %% ../book/00_start_here.ipynb #ch00-22
@@ -59,10 +59,12 @@ def check_images(images: torch.Tensor, *, multiple: int = 1) -> None:
 def from_pil(pictures, *, size: int | None = None) -> torch.Tensor:
     """Turn one PIL picture or a list of them into a tensor (B, 3, H, W) in [-1, 1]; transparency becomes white.
 
-    `size` resizes the shorter side to that many pixels and crops the middle. Photographs stand upright, as their EXIF
-    tag says. Raises `ValueError` when the list is empty, the pictures differ in size, or one isn't a PIL picture of
-    8 bits per colour. Defined in chapter 00.
+    `size` crops the middle, a square, and resizes its side to that many pixels. Photographs stand upright, as their
+    EXIF tag says. Raises `ValueError` when the list is empty, the pictures differ in size, one isn't a PIL picture of
+    8 bits per colour, or `size` no whole number from 1 on. Defined in chapter 00.
     """
+    if size is not None and (not isinstance(size, Integral) or size < 1):
+        raise ValueError(f"size must be a whole number of pixels, the side of a square, got {size!r}")
     pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if not pictures:
         raise ValueError("from_pil needs at least one picture, got an empty list")
@@ -92,11 +94,9 @@ def _on_white(picture: Image.Image) -> Image.Image:
 
 
 def _crop(picture: Image.Image, size: int) -> Image.Image:
-    scale = size / min(picture.size)
-    width, height = (max(size, round(side * scale)) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    side = min(picture.size)
+    left, top = ((length - side) / 2 for length in picture.size)
+    return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
@@ -112,16 +112,19 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
 def image_grid(images, *, columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:
     """Lay pictures out on a white sheet, row by row.
 
-    `images` is a tensor (B, 3, H, W) in [-1, 1] or a list of PIL pictures of one size. `columns` defaults to all of
-    them up to 8; `scale` repeats every pixel; `gap` is in unscaled pixels. Raises `ValueError` for no picture or
-    pictures that differ in size. Defined in chapter 00.
+    `images` is a tensor (B, 3, H, W) in [-1, 1], a PIL picture or a list of them of one size. `columns` defaults to
+    all of them up to 8; `scale` repeats every pixel; `gap` is in unscaled pixels. Raises `ValueError` for no picture,
+    pictures that differ in size, and columns or a scale below 1. Defined in chapter 00.
     """
+    images = [images] if isinstance(images, Image.Image) else images
     pictures = to_pil(images) if isinstance(images, torch.Tensor) else [_on_white(picture) for picture in images]
     if not pictures:
         raise ValueError("image_grid needs at least one picture, got none")
     if len(sizes := {picture.size for picture in pictures}) > 1:
         raise ValueError(f"image_grid needs pictures of one size, got {sorted(sizes)}; resize them first")
-    columns = columns or min(len(pictures), 8)
+    columns = min(len(pictures), 8) if columns is None else columns
+    if columns < 1 or scale < 1:
+        raise ValueError(f"columns and scale must be at least 1, got {columns} and {scale}")
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
@@ -192,6 +195,15 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"the seed must lie in 0…2⁶³-1 and be a whole number, got {seed!r}")
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator for a seed from 0 on. PyTorch's own reads 32 bits of it; larger seeds are stirred, not cut.
+
+    Defined in chapter 00.
+    """
+    heard = seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return torch.Generator().manual_seed(heard)
+
+
 def check_count(n: int) -> None:
     """Raise `ValueError` unless a number of pictures is a whole one and at least 1. Defined in chapter 00."""
     if not isinstance(n, Integral) or n < 1:
@@ -207,16 +219,14 @@ def check_output(output: str) -> None:
 def as_mask(mask, size: tuple[int, int]) -> torch.Tensor:
     """A PIL picture or a tensor (H, W) or (B, 1, H, W) as zeros and ones (B, 1, H, W), float: 1 where to paint.
 
-    White (above a half) is to be painted. Raises `ValueError` for another size or type, for a picture that is partly
-    transparent or nowhere white, and for a tensor whose values don't lie in [0, 1]. Defined in chapter 00.
+    White (above a half) is to be painted. Raises `ValueError` for another size or type, for a mask that is nowhere
+    white, a picture that is partly transparent, and a tensor whose values don't lie in [0, 1]. Defined in chapter 00.
     """
     if isinstance(mask, Image.Image):
         if mask.has_transparency_data and len(set(mask.convert("RGBA").getchannel("A").getextrema())) > 1:
             raise ValueError("this mask is partly transparent, and it isn't clear what that means; flatten it first: "
                              "white to paint, black to keep")
         mask = (from_pil(mask).mean(1, keepdim=True) + 1) / 2
-        if mask.max() <= 0.5:
-            raise ValueError("nothing in this mask is white, so there is nothing to paint; white is 255")
     if not isinstance(mask, torch.Tensor):
         raise ValueError(f"the mask must be a PIL picture or a tensor, got {type(mask).__name__}")
     mask = mask[None, None] if mask.ndim == 2 else mask
@@ -225,6 +235,8 @@ def as_mask(mask, size: tuple[int, int]) -> torch.Tensor:
     mask = mask.float()
     if not ((mask >= 0) & (mask <= 1)).all():
         raise ValueError("the values of a mask must lie in [0, 1] without NaN; divide by 255 where white is 255")
+    if not (mask > 0.5).any():
+        raise ValueError("nothing in this mask is white, so there is nothing to paint; white is 1, in a picture 255")
     return (mask > 0.5).float()
 
 

@@ -397,6 +397,9 @@ def load_lora(pipeline: StableDiffusion, path, *, scale: float = 1.0) -> LoRA:
             key = re.sub(pattern, replacement, key)
         name, _, part = key.rpartition(".")
         name = names.get(name, name)
+        if part in ("lora_magnitude_vector", "dora_scale"):
+            raise ValueError(f"{path.name} is a DoRA, which scales whole weights besides, and can't be read; train it "
+                             "without DoRA")
         if name not in layers or part not in ("down", "up", "alpha"):
             raise ValueError(f"{path.name} was made for another model: this one has no place for {key!r}")
         found.setdefault(name, {})[part] = tensor
@@ -487,12 +490,16 @@ def train_lora(pipeline: StableDiffusion, images, captions: list[str], *, rank: 
 
 # %% ../book/20_editing.ipynb #5eb9b65b
 def add_word(pipeline: StableDiffusion, word: str, vector: Tensor) -> None:
-    """Teach the pipeline's text encoder a word, one run of letters, whose vector (width,) is given.
+    """Teach the pipeline's text encoder a word, letters or anything in <…>, whose vector (width,) is given.
 
-    A file of textual inversion holds such vectors by word. A word that was added before gets the new vector.
+    A file of textual inversion holds such vectors by word, such as `<cat-toy>`; where it holds several for one, add
+    each as a word of its own and write them in a row. A word that was added before gets the new vector.
     Raises `ValueError` for a vector of another width or with NaN. Defined in chapter 20.
     """
     encoder, table = pipeline.text_encoder, pipeline.text_encoder.embeddings["token_embedding"].weight.detach()
+    if vector.ndim == 2 and vector.shape[1:] == table.shape[1:]:
+        raise ValueError(f"a word has one vector, got {len(vector)}; add each as a word of its own (<cat-1>, <cat-2>, "
+                         "…) and write these words in a row")
     if vector.shape != table.shape[1:]:
         raise ValueError(f"the vector of a word must have shape {tuple(table.shape[1:])}, got {tuple(vector.shape)}: "
                          "it was learned for another model")

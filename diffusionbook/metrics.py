@@ -34,8 +34,8 @@ def extract(pictures: Tensor, features: Callable | None = None, *, batch: int = 
                          "one from pictures")
     found = [pictures] if features is None else [features(part) for part in pictures.split(batch)]
     if not isinstance(found[0], Tensor):
-        raise ValueError(f"features must give a tensor (B, D), got {type(found[0]).__name__}; of a Judge, give its "
-                         "method features")
+        raise ValueError(f"features must give a tensor (B, D), got {type(found[0]).__name__}; of a model such "
+                         "as Judge, give its method features")
     points = torch.cat(found)
     if points.ndim != 2 or not points.numel():
         raise ValueError(f"a score needs points (N, D), not {tuple(points.shape)}; pictures need features=")
@@ -149,8 +149,8 @@ def nearest_neighbours(queries: Tensor, pool: Tensor, *, features: Callable | No
     Defined in chapter 10.
     """
     queries, pool = _pair(queries, pool, features)
-    if not 1 <= k <= len(pool):
-        raise ValueError(f"k must lie in 1…{len(pool)}, the size of the pool, got {k}")
+    if not isinstance(k, Integral) or not 1 <= k <= len(pool):
+        raise ValueError(f"k must be a whole number in 1…{len(pool)}, the size of the pool, got {k}")
     found = [_distances(part, pool).topk(k, largest=False) for part in queries.split(1024)]
     distances, indices = zip(*found, strict=True)
     return torch.cat(distances), torch.cat(indices)
@@ -273,14 +273,14 @@ class Judge(Model):
     def features(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], H and W multiples of 16 → one vector each, (B, channels[-1])."""
         check_images(images, multiple=self.config.patch * 2 ** (len(self.config.channels) - 1))
-        x = self.stem(F.pixel_unshuffle(images, self.config.patch))  # (B, channels[0], H/patch, W/patch)
+        x = self.stem(F.pixel_unshuffle(images.to(self.dtype), self.config.patch))  # (B, channels[0], H/patch, W/patch)
         for level, block in enumerate(self.blocks):
             x = block(F.avg_pool2d(x, 2) if level else x)  # (B, channels[level], H/patch/2^level, …)
         return F.silu(self.norm(x)).mean((2, 3))  # (B, channels[-1])
 
     def style(self, images: Tensor) -> Tensor:
         """Logits of the styles, (B, styles), from a network that sees 21 pixels at a time and so no whole object."""
-        x = self.strokes(images).flatten(2)  # (B, strokes[-1], places)
+        x = self.strokes(images.to(self.dtype)).flatten(2)  # (B, strokes[-1], places)
         return self.manner(torch.cat([x.mean(2), x.std(2), x.amax(2)], dim=1))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

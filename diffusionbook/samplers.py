@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import check_seed
+from .data import check_seed, seeded
 from .denoising import Condition, Denoiser, Prediction, Wrapped, asked_twice, target, to_prediction
 from .schedules import NoiseSchedule
 from .scores import jacobian_trace
@@ -124,7 +124,7 @@ def noise_source(seed: int = 0) -> Noise:
 
     def draw(x: Tensor) -> Tensor:
         while len(generators) < len(x):
-            generators.append(torch.Generator().manual_seed(int(seed) + len(generators)))
+            generators.append(seeded(int(seed) + len(generators)))
         rows = [torch.randn(x.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
                 for generator in generators[:len(x)]]
         return torch.stack(rows).to(x)
@@ -439,7 +439,9 @@ def sample(denoise: Denoiser | Wrapped, shape: tuple[int, ...], *, sampler: str 
     follow = named_sampler(sampler)
     known = [name for name, p in inspect.signature(follow).parameters.items() if p.kind == p.KEYWORD_ONLY]
     if unknown := sorted(options.keys() - set(known)):
-        hints = [f"; {name} is called {ELSEWHERE[name]} here" for name in unknown if name in ELSEWHERE]
+        hints = [f"; pipelines call {name} {ELSEWHERE[name]}" for name in unknown if name in ELSEWHERE]
+        if "guidance" in unknown:
+            hints.append("; guidance is the denoiser's, as classifier_free gives it")
         raise ValueError(f"neither the call nor its sampler {getattr(follow, '__name__', sampler)} has an option "
                          f"{', '.join(unknown)}; the sampler has {', '.join(known) or 'none'}{''.join(hints)}")
     if min(shape) < 1:

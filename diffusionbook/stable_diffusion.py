@@ -502,9 +502,9 @@ class StableDiffusion:
                 run()
 
         where = first_bad_module(network, quietly) or "the sampler"
-        remedy = "load the pipeline with dtype=torch.bfloat16 or torch.float32, or use less guidance"
+        wider = "" if network.dtype == torch.float32 else "load the pipeline with dtype=torch.float32, or "
         return FloatingPointError(f"the picture is lost: NaN or infinity began in {where} of the {network.subfolder}, "
-                                  f"computed in {network.dtype}; {remedy}")
+                                  f"computed in {network.dtype}; {wider}use less guidance")
 
 # %% ../book/19_stable_diffusion.ipynb #f472fd83
 def word_maps(pipeline: StableDiffusion, caption: str, *, side: int | None = None,

@@ -172,7 +172,7 @@ class Tokenizer:
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._bytes = {symbol: byte for byte, symbol in byte_symbols().items()}
         self.added = {}  # words learned later, each with an id of its own
-        self._cache, self._warned = {}, set()
+        self._marked, self._cache, self._warned = None, {}, set()
 
     @property
     def vocab_size(self) -> int:
@@ -180,13 +180,14 @@ class Tokenizer:
         return max(self.vocab.values()) + 1
 
     def add(self, word: str, number: int) -> None:
-        """Let a new word, one run of letters, have the id `number` (textual inversion, chapter 20)."""
-        if not regex.fullmatch(r"\p{L}+", word) or number in self._symbols:
-            raise ValueError(f"a new word must be one run of letters and its id new, got {word!r} and {number}")
+        """Let a new word, letters or anything in <…>, have the id `number` (textual inversion, chapter 20)."""
+        if not regex.fullmatch(r"\p{L}+|<[^<>\s]+>", word) or number in self._symbols:
+            raise ValueError("a new word must be one run of letters, or one without spaces in <…>, and its id new, got "
+                             f"{word!r} and {number}")
         if word.lower() not in self.added and len(self.encode(word)) == 1:
             raise ValueError(f"{word!r} is a word already; choose one that isn't")
         self.added[word.lower()], self._symbols[number] = number, "".join(self.spell(word.lower()))
-        self._cache.clear()
+        self._learn_words()
         if self.encode(word) != [number]:
             self.forget(word)
             raise ValueError(f"{word!r} is cleaned to other letters before it is looked up; choose plain ones")
@@ -194,7 +195,19 @@ class Tokenizer:
     def forget(self, word: str) -> None:
         """Take back that a word was added."""
         del self._symbols[self.added.pop(word.lower())]
+        self._learn_words()
+
+    def _learn_words(self) -> None:
         self._cache.clear()
+        marked = "|".join(regex.escape(word) for word in self.added if word.startswith("<"))
+        self._marked = regex.compile(f"({marked})") if marked else None
+
+    def _words(self, text: str) -> list[str]:
+        """The words of a cleaned text; added ones in <…> are cut out first, wherever they stand."""
+        if self._marked is None:
+            return self.pattern.findall(text)
+        pieces = self._marked.split(text)  # text, word, text, word, …
+        return [word for i, piece in enumerate(pieces) for word in ([piece] if i % 2 else self.pattern.findall(piece))]
 
     def _encode_word(self, word: str) -> list[int]:
         if word in (self.bos, self.eos):
@@ -212,7 +225,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of one text as a list, without begin, end and padding."""
         ids = []
-        for word in self.pattern.findall(self.clean(text)):
+        for word in self._words(self.clean(text)):
             found = self._cache.get(word)
             if found is None:
                 if len(self._cache) >= self.cache_size:
@@ -294,7 +307,7 @@ class Tokenizer:
         """Read a folder in the layout of transformers' CLIPTokenizer (two files, or one `tokenizer.json`).
 
         Raises FileNotFoundError for a folder without a tokenizer, ValueError for another kind, a truncated one, and one
-        with added words that aren't runs of letters.
+        with added words that `add` refuses.
         """
         folder = Path(folder)
 

@@ -335,6 +335,10 @@ def train(net: nn.Module, dataset, loss, *, steps: int, lr: float, batch: int = 
     (rank, world), device = _processes(), next(net.parameters()).device
     _check_options(steps=steps, every=every, batch=batch, accumulate=accumulate, parts=accumulate * world,
                    pictures=len(dataset))
+    if not (0 < lr < math.inf and warmup >= 0):
+        raise ValueError(f"lr must be above 0 and warmup not below, got {lr} and {warmup}")
+    if device.type == "meta":
+        raise ValueError("a network on the meta device has shapes and no weights, so there is nothing to train")
     if not clip > 0:
         raise ValueError(f"clip must be above 0, got {clip}; math.inf lets every gradient pass")
     if weights is not None:
@@ -524,7 +528,10 @@ def _unet(preset: str = "", **changes) -> UNet:
     """A network by its preset and changes to it; TOML has no None, so "" stands for it in a list."""
     changes = {key: tuple(x or None for x in value) if isinstance(value, list) else value
                for key, value in changes.items()}
-    return UNet(replace(UNetConfig.preset(preset), **changes) if preset else UNetConfig(**changes))
+    config = replace(UNetConfig.preset(preset), **changes) if preset else UNetConfig(**changes)
+    if config.context_width:
+        raise ValueError("this network reads words, which recipes don't have; set context_width = 0")
+    return UNet(config)
 
 
 def _schedule(name: str, **options) -> NoiseSchedule:

@@ -512,7 +512,7 @@ class UNet(Model):
             raise ValueError(f"t must have shape ({count},), one timestep per picture, got {got}")
         if config.context_width and (context is None or context.ndim != 3 or len(context) != count
                                      or context.shape[2] != config.context_width):
-            got = "none" if context is None else tuple(context.shape)
+            got = "none" if context is None else f"{tuple(context.shape)} for {count} pictures"
             raise ValueError(f"the context must have shape ({count}, M, {config.context_width}), got {got}")
         if context is not None and not config.context_width:
             raise ValueError("this network reads no words, and it was given a context")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import subprocess
@@ -135,8 +136,19 @@ def test_a_file_appears_whole(tmp_path):
     path = tmp_path / "new" / "folder" / "file.txt"
     write_atomically(path, lambda temporary: Path(temporary).write_text("whole"))
     assert path.read_text() == "whole"
-    assert path.stat().st_mode & 0o777 == 0o644
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_a_file_may_be_read_by_whom_the_user_lets(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "ours", lambda temporary: Path(temporary).write_text("whole"))
+        (tmp_path / "plain").touch()
+        assert os.umask(umask) == umask  # left alone
+    finally:
+        os.umask(before)
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):

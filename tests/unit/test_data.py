@@ -117,6 +117,23 @@ def test_size_keeps_the_middle():
     assert from_pil(Image.fromarray(picture), size=8).min() == 1
     shape = from_pil(Image.new("RGB", (30, 50)), size=16).shape
     assert shape == (1, 3, 16, 16)
+    strip = Image.new("RGB", (100_000, 2))
+    strip.paste((255, 255, 255), (49_990, 0, 50_010, 2))
+    assert from_pil(strip, size=np.int64(4)).min() == 1  # the middle alone is enlarged
+
+
+@pytest.mark.parametrize("size", [0, -3, 7.5, (8, 8), "8"])
+def test_the_size_of_a_crop_is_one_whole_number(size):
+    with pytest.raises(ValueError, match="size must be a whole number of pixels"):
+        from_pil(Image.new("RGB", (8, 8)), size=size)
+
+
+def test_a_sheet_of_one_picture():
+    picture = Image.new("RGB", (3, 2), "red")
+    assert image_grid(picture, scale=2).size == (6, 4) and image_grid(picture).getpixel((2, 1)) == (255, 0, 0)
+    for options in ({"columns": 0}, {"columns": -1}, {"scale": 0}):
+        with pytest.raises(ValueError, match="columns and scale must be at least 1"):
+            image_grid([picture], **options)
 
 
 def test_pictures_of_several_sizes_need_one_size():

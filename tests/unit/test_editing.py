@@ -162,6 +162,11 @@ def test_masks_are_checked(tiny, picture):
     for values in (torch.full((64, 64), 40, dtype=torch.uint8), torch.full((64, 64), torch.nan), -torch.ones(64, 64)):
         with pytest.raises(ValueError, match=r"values of a mask must lie in \[0, 1\]"):
             as_mask(values, (64, 64))
+    for nothing in (torch.zeros(64, 64), Image.new("L", (64, 64))):
+        with pytest.raises(ValueError, match="nothing in this mask is white"):
+            as_mask(nothing, (64, 64))
+    with pytest.raises(ValueError, match="size of the picture"):
+        as_mask(Image.new("L", (32, 64)), (64, 64))
     for mode in ("F", "I;16"):
         with pytest.raises(ValueError, match="8 bits per colour"):
             as_mask(Image.new(mode, (64, 64), 1), (64, 64))
@@ -372,6 +377,9 @@ def test_a_lora_for_another_model_is_refused(painter, tmp_path):
     with pytest.raises(ValueError, match="no place for 'lora_unet_input_blocks"):
         painter.load_lora(tmp_path / "xl.safetensors")
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{name}.lora_magnitude_vector": torch.ones(24)}, tmp_path / "dora.safetensors")
+    with pytest.raises(ValueError, match="dora.safetensors is a DoRA"):
+        painter.load_lora(tmp_path / "dora.safetensors")
     save_file({f"{name}.lora_A.weight": torch.ones(2, 24)}, tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match="lacks up for unet.mid_block"):
         painter.load_lora(tmp_path / "half.safetensors")
@@ -420,6 +428,22 @@ def test_a_new_word_has_its_own_vector(painter):
         add_word(painter, "other", torch.ones(8))
     with pytest.raises(ValueError, match="NaN"):
         add_word(painter, "other", torch.full((16,), torch.nan))
+
+
+def test_a_word_in_brackets_stands_anywhere(painter, tmp_path):
+    add_word(painter, "<Cat-toy_2>", torch.ones(16))
+    encode = painter.tokenizer.encode
+    assert encode("a <cat-toy_2>!") == [*encode("a"), 540, *encode("!")] and encode("(<CAT-TOY_2>") == [*encode("("), 540]
+    assert painter.tokenizer.decode([540]) == "<cat-toy_2>"
+    painter.save_pretrained(tmp_path)
+    assert StableDiffusion.from_pretrained(tmp_path).tokenizer.encode("red<cat-toy_2>") == [*encode("red"), 540]
+    painter.tokenizer.forget("<cat-toy_2>")
+    assert 540 not in encode("<cat-toy_2>")
+    for word in ("<cat toy>", "<>", "<cat", "<a<b>"):
+        with pytest.raises(ValueError, match="without spaces in <…>"):
+            add_word(painter, word, torch.ones(16))
+    with pytest.raises(ValueError, match="a word has one vector, got 3; add each as a word of its own"):
+        add_word(painter, "<cat>", torch.ones(3, 16))
 
 
 def test_a_word_is_learned_and_nothing_else_changes(painter, picture):
@@ -581,8 +605,8 @@ def test_learned_words_are_saved_and_read(painter, tmp_path):
     assert again.tokenizer.added == painter.tokenizer.added
     assert torch.equal(again("a zorb and a blip", **FAST), painter("a zorb and a blip", **FAST))
     added = tmp_path / "pipe" / "tokenizer" / "added_tokens.json"
-    added.write_text(json.dumps({"<cat-toy>": 540}))
-    with pytest.raises(ValueError, match="has the added word '<cat-toy>', which can't be read here"):
+    added.write_text(json.dumps({"a cat toy": 540}))
+    with pytest.raises(ValueError, match="has the added word 'a cat toy', which can't be read here"):
         StableDiffusion.from_pretrained(tmp_path / "pipe")
 
 

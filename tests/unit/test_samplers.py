@@ -679,6 +679,12 @@ def test_likelihood_without_gradients_is_refused():
 # Noise and the whole loop
 
 
+def test_large_seeds_are_not_small_ones_again():
+    seeds = [7, 2**32 - 1, 2**32, 2**32 + 7, 2**62, 2**62 + 7, 2**63 - 1]
+    assert len({float(starting_noise((1, 4, 4), seed=seed).sum()) for seed in seeds}) == len(seeds)
+    assert torch.equal(starting_noise((2, 4, 4), seed=2**32 - 1)[1:], starting_noise((1, 4, 4), seed=2**32))
+
+
 def test_noise_depends_on_the_seed_of_each_picture_only():
     shape = (2, 3, 3)
     four = starting_noise((4, *shape), seed=5)
@@ -874,8 +880,10 @@ def test_a_sampler_may_be_a_function_of_ones_own():
 
 def test_names_of_other_libraries_are_told_ours():
     denoise = Denoiser(lambda x, t: x, NoiseSchedule.linear())
-    with pytest.raises(ValueError, match="num_inference_steps is called steps here"):
+    with pytest.raises(ValueError, match="pipelines call num_inference_steps steps"):
         sample(denoise, (1, 1, 2, 2), num_inference_steps=5)
+    with pytest.raises(ValueError, match="guidance is the denoiser's"):
+        sample(denoise, (1, 1, 2, 2), guidance=3)
     with pytest.raises(ValueError, match=r"give Wrapped\(denoise, function\)"):
         sample(lambda x, t: x, (1, 1, 2, 2))
 

@@ -62,8 +62,8 @@ def line_loss(net, x, generator):
 
 def run(folder=None, *, net=None, loss=line_loss, steps=30, **options):
     net = net or Line()
-    average = train(net, POINTS, loss, steps=steps, lr=0.05, folder=folder, progress=False,
-                    **{"warmup": 5, "every": 10, "batch": 8, **options})
+    average = train(net, POINTS, loss, steps=steps, folder=folder, progress=False,
+                    **{"lr": 0.05, "warmup": 5, "every": 10, "batch": 8, **options})
     return net, average
 
 
@@ -263,6 +263,9 @@ def test_evaluate_sees_the_average_in_evaluation_mode_and_training_goes_on(tmp_p
     ({"every": 0}, "every must be at least 1"),
     ({"accumulate": 0}, "accumulate must be at least 1"),
     ({"accumulate": 3}, "batch of 8 can't be cut into 3 equal parts"),
+    ({"lr": 0.0}, "lr must be above 0 and warmup not below, got 0.0"),
+    ({"warmup": -1}, "warmup not below, got .* and -1"),
+    ({"net": Line().to("meta")}, "has shapes and no weights"),
     ({"clip": 0}, "clip must be above 0, got 0"),
     ({"clip": -1.0}, "clip must be above 0"),
     ({"clip": float("nan")}, "clip must be above 0"),
@@ -737,6 +740,7 @@ def test_a_recipe_names_the_weight_of_its_loss(recipe, tmp_path):
     ('"cosine"', '"cosin"', r"\[schedule\]: no schedule named 'cosin'"),
     ("steps = 100", "stops = 100", r"\[schedule\]: .*stops"),
     ("groups = 4", "troops = 4", r"\[network\]: .*troops"),
+    ("context_width = 0", "context_width = 8", r"\[network\]: this network reads words, which recipes don't have"),
     ("lr = 1e-3", "rate = 1e-3", r"\[train\]: .*rate"),
     ('prediction = "v"', 'predict = "v"', r"\[loss\]: .*predict"),
     ("drop = 0.1", 'weight = "snr"', r"\[loss\]: no weight named 'snr'; choose one of min_snr, p2, edm"),
