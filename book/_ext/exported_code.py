@@ -1,7 +1,7 @@
 """Show which cells of a chapter become part of the module, and list that module on the API page.
 
-nbdev marks cells with comments such as `#| export`. Readers need not see those lines: this extension
-takes them off the page and puts a quiet line under the code instead, "exported to
+nbdev marks cells with comments such as `#| export`, and a linter is told by others what to let pass. Readers need not
+see those: this extension takes them off the page and puts a quiet line under the code instead, "exported to
 diffusionbook.schedules", linked to the API reference. The API reference itself is written here from the
 same notebooks, so that it can never forget a module.
 """
@@ -17,6 +17,7 @@ from sphinx.addnodes import pending_xref
 PACKAGE = "diffusionbook"
 API_PAGE = "book/api"
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
+FOR_THE_LINTER = re.compile(r"  # noqa: \w+$", re.MULTILINE)
 NAMES_MODULE = re.compile(r"^#\| (?:default_exp|export) (\w+)", re.MULTILINE)
 
 
@@ -69,7 +70,7 @@ def mark_exported_cells(app, doctree):
             if source.get("nb_element") != "cell_code_source":
                 continue
             directives = " ".join(DIRECTIVE.findall(literal.astext()))
-            code = DIRECTIVE.sub("", literal.astext()).strip("\n")
+            code = FOR_THE_LINTER.sub("", DIRECTIVE.sub("", literal.astext())).strip("\n")
             if default := re.search(r"default_exp (\w+)", directives):
                 module = default[1]
             if not code:
