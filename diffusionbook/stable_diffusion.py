@@ -199,11 +199,13 @@ def _download(repository: str) -> Path:
     small = ["model_index.json", "scheduler/*.json", "tokenizer/*", *(f"{part}/config.json" for part in files)]
     tensors = [f"{stem}{end}" for stem in stems
                for end in (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")]
+    halves = [f"{stem}.fp16.safetensors" for stem in stems]
+    pickles = [*(f"{stem}.bin" for stem in stems), "text_encoder/pytorch_model.bin"]  # of old repositories
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=small + tensors))
-        if not any((folder / "unet").glob("*.safetensors")):  # an old repository
-            pickles = [*(f"{stem}.bin" for stem in stems), "text_encoder/pytorch_model.bin"]
-            folder = Path(snapshot_download(repository, allow_patterns=small + pickles))
+        for kind in (tensors, halves, pickles):  # the first that is there
+            folder = Path(snapshot_download(repository, allow_patterns=small + kind))
+            if any((folder / "unet").glob("*.safetensors")):
+                break
     except Exception as error:  # its own kinds, those of its HTTP client, and the system's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(

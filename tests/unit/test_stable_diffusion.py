@@ -584,7 +584,20 @@ def test_only_what_is_needed_is_downloaded(saved, monkeypatch, tmp_path):
         (saved / name).unlink()
     with pytest.raises((FileNotFoundError, ValueError)):
         StableDiffusion.from_pretrained("someone/a-model")
-    assert any(".bin" in pattern for pattern in asked[-1][1])
+    for (_, patterns), end in zip(asked[1:], ("model.safetensors", ".fp16.safetensors", ".bin"), strict=True):
+        assert any(pattern.endswith(end) for pattern in patterns)
+    weights = saved / "unet" / "diffusion_pytorch_model.fp16.safetensors"  # a repository with nothing but these
+    tensors = {key: tensor.half() for key, tensor in painter.unet.state_dict().items()}
+
+    def halves_only(repository, *, allow_patterns):
+        if any(".fp16." in pattern for pattern in allow_patterns):
+            save_file(tensors, weights)
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", halves_only)
+    (saved / "unet" / "SHA256SUMS").unlink()
+    assert torch.equal(StableDiffusion.from_pretrained("someone/a-model").unet.conv_in.weight,
+                       tensors["conv_in.weight"].float())
 
 
 def test_a_damaged_download_is_noticed(saved, monkeypatch, tmp_path):
