@@ -249,7 +249,9 @@ def write_atomically(path, write) -> None:
     os.close(handle)
     try:
         write(temporary)
-        os.chmod(temporary, 0o644)
+        umask = os.umask(0)  # it can be read in no other way
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # as `open` would have made it
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -384,7 +384,7 @@ def lcm(denoise: Denoiser, x: Tensor, times: Times, *,
     """The sampler of latent consistency models: jump to the clean picture, add fresh noise, jump again.
 
     For networks distilled to do so in 1 to 8 steps; wants the times of spacing="lcm". Takes and yields what
-    `euler` does. (Luo et al. 2023, algorithm 3.) Defined in chapter 09.
+    `euler` does. (Luo et al. 2023a, algorithm 3.) Defined in chapter 09.
     """
     for now, then in pairwise(levels(denoise.schedule, times)):
         answer = denoise(x, now.t)
