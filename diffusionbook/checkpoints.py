@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# %% ../book/A_checkpoints.ipynb #fdaa65c5
+# %% ../book/A_checkpoints.ipynb #237baa43
 def is_finite(tensor: torch.Tensor) -> bool:
     """Is there neither NaN nor infinity in a tensor of any shape? Defined in the appendix on checkpoints.
 
@@ -41,7 +41,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return True
     return all(end.isfinite().item() for end in tensor.aminmax())
 
-
+# %% ../book/A_checkpoints.ipynb #5b05a1b1
 def check_keys(expected, found, *, where: str = "the weights") -> None:
     """Raise unless two collections of state-dict keys are equal.
 
@@ -83,7 +83,7 @@ OPENAI_TEXT = [
     (r"^(visual\..*|attn_mask|logit_scale|text_projection)$", ""),
 ]
 
-
+# %% ../book/A_checkpoints.ipynb #c758b495
 def rename(state: dict, rules: list[tuple[str, str]]) -> dict:
     """Apply a dialect's rules to the keys of a state dict; a key that becomes empty is dropped.
 
@@ -97,7 +97,7 @@ def rename(state: dict, rules: list[tuple[str, str]]) -> dict:
             renamed[key] = tensor
     return renamed
 
-
+# %% ../book/A_checkpoints.ipynb #be6d09da
 def split_qkv(state: dict) -> dict:
     """Cut every stacked `in_proj_weight` and `in_proj_bias` (3·width, …) into those of `q_proj`, `k_proj`, `v_proj`.
 
@@ -112,7 +112,7 @@ def split_qkv(state: dict) -> dict:
             split[key] = tensor
     return split
 
-# %% ../book/A_checkpoints.ipynb #79e988f0
+# %% ../book/A_checkpoints.ipynb #fa2e16da
 #: Parts of a residual block and of an attention, and of the network around them: our name → guided diffusion's.
 GUIDED_DIFFUSION = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
@@ -154,7 +154,7 @@ def guided_diffusion_names(keys) -> dict[str, tuple[str, int, int]]:
         names[key] = (block + name + suffix, place, places)
     return names
 
-
+# %% ../book/A_checkpoints.ipynb #7e37a830
 def from_guided_diffusion(state: dict, own: dict, *, head_width: int | None) -> dict:
     """Translate a U-Net's tensors from guided diffusion's names (GLIDE's, Karlo's, …) to ours.
 
@@ -249,12 +249,14 @@ def write_atomically(path, write) -> None:
     os.close(handle)
     try:
         write(temporary)
-        os.chmod(temporary, 0o644)
+        umask = os.umask(0)  # it can be read in no other way
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # as `open` would have made it
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
-
+# %% ../book/A_checkpoints.ipynb #662ad554
 @contextmanager
 def all_or_nothing(folder, *, owned: Collection[str] = ()) -> Iterator[Path]:
     """A new folder to write into: at the end what it holds goes to `folder`; after an error nothing does.
@@ -277,7 +279,7 @@ def all_or_nothing(folder, *, owned: Collection[str] = ()) -> Iterator[Path]:
             elif old.is_dir():
                 shutil.rmtree(old)
 
-
+# %% ../book/A_checkpoints.ipynb #86ee0edb
 def sha256(path) -> str:
     """The SHA-256 of a file, as 64 hexadecimal digits. Defined in the appendix on checkpoints."""
     with open(path, "rb") as file:
@@ -301,7 +303,7 @@ def verify(folder) -> None:
         if sha256(path) != digest:
             raise ValueError(f"{path} is not the file it was (its SHA-256 differs); install or download it again")
 
-
+# %% ../book/A_checkpoints.ipynb #1a5e4b6f
 def read_json(path) -> dict:
     """Read a JSON file; a missing or broken one raises with its name. Defined in the appendix on checkpoints."""
     path = Path(path)
@@ -348,7 +350,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} holds a {type(state).__name__}, where tensors by name were expected")
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
-
+# %% ../book/A_checkpoints.ipynb #f2058de1
 def read_weights(folder, name: str) -> dict[str, torch.Tensor]:
     """The tensors of a saved network: the safetensors file `name`, the shards that its index lists, or older forms.
 
@@ -364,7 +366,7 @@ def read_weights(folder, name: str) -> dict[str, torch.Tensor]:
     forms = (name, f"{stem}.fp16.safetensors", f"{stem}.bin", f"pytorch_{stem}.bin")
     return read_tensors(next((folder / form for form in forms if (folder / form).exists()), folder / name))
 
-# %% ../book/A_checkpoints.ipynb #662ad554
+# %% ../book/A_checkpoints.ipynb #7af298d2
 def locate(name_or_path, *subfolder: str) -> Path:
     """The folder of a shipped model ("emoji") or of a saved one (any path).
 
@@ -385,7 +387,7 @@ def locate(name_or_path, *subfolder: str) -> Path:
     inner = root.joinpath(*subfolder)
     return inner if inner.is_dir() else root
 
-
+# %% ../book/A_checkpoints.ipynb #5c751166
 class _Undrawn(TorchFunctionMode):
     """No layer's first weights are drawn: on the `meta` device that takes time, and imports PyTorch's compiler."""
 
@@ -403,7 +405,7 @@ def without_values() -> Iterator[None]:
     with torch.device("meta"), _Undrawn():
         yield
 
-
+# %% ../book/A_checkpoints.ipynb #27f90522
 class Model(nn.Module):
     """A network that is built from a config and goes to disk and back in the public layout.
 

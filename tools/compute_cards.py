@@ -84,7 +84,7 @@ def main():
     if os.getloadavg()[0] > 0.7 and not arguments.anyway:
         sys.exit(f"Other programs keep this machine busy (load {os.getloadavg()[0]:.1f}), so times would be too long; "
                  "wait until it is idle, or say --anyway.")
-    for path in arguments.notebooks or sorted((ROOT / "book").glob("[0-9]*.ipynb")):
+    for path in arguments.notebooks or sorted((ROOT / "book").glob("*.ipynb")):
         print(path.name, update(path, **measure(path, arguments.gpu)), flush=True)
 
 

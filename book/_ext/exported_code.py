@@ -102,11 +102,11 @@ def label_what_is_built(app, cell, module, code):
 
 
 def link_to_chapter(app, name, text):
-    """Turn "Defined in chapter 05" in the docstring of `name` into a link to the cell that defines it."""
+    """Turn "Defined in chapter 05" (or "in the appendix on …") in the docstring of `name` into a link to its cell."""
     pages = {f"book/{path.stem}" for path in modules(Path(app.srcdir) / "book").get(name.split(".")[1], [])}
     if not pages <= app.env.found_docs:
         return text  # a chapter that isn't part of the book yet
-    return re.sub(r"Defined in\s+(chapter \w+)", rf":ref:`Defined in \1 <{label(name)}>`", text)
+    return re.sub(r"Defined in\s+(chapter \w+|the appendix on \w+)", rf":ref:`Defined in \1 <{label(name)}>`", text)
 
 
 def write_api_page(app, docname, source):

@@ -173,8 +173,7 @@ def test_exercise_stubs_fail_and_solutions_pass(path):
 
 
 # --- compute cards -----------------------------------------------------------------------------
-@pytest.mark.parametrize("path", [path for path in [*NOTEBOOKS, TEMPLATE] if path.name != "A_checkpoints.ipynb"],
-                         ids=lambda path: path.name)
+@every_notebook
 def test_compute_card_has_the_form_that_the_tool_writes(path):
     parts = compute_cards.card(path)
     assert compute_cards.CARD.fullmatch(compute_cards.write(**parts)).groupdict() == parts
