@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -243,18 +244,14 @@ def write_atomically(path, write) -> None:
 
     Defined in the appendix on checkpoints.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # what a link leads to is written anew, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}{secrets.token_hex(4)}.part")
     try:
-        write(temporary)
-        umask = os.umask(0)  # it can be read in no other way
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # as `open` would have made it
+        write(str(temporary))
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 # %% ../book/A_checkpoints.ipynb #662ad554
 @contextmanager
@@ -348,7 +345,11 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, where tensors by name were expected")
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if state and not tensors:
+        raise ValueError(f"{path} holds no tensors by name, but {', '.join(map(str, list(state)[:5]))}; take out the "
+                         "part that you need")
+    return tensors
 
 # %% ../book/A_checkpoints.ipynb #f2058de1
 def read_weights(folder, name: str) -> dict[str, torch.Tensor]:
@@ -357,14 +358,16 @@ def read_weights(folder, name: str) -> dict[str, torch.Tensor]:
     Raises as `read_tensors` does. Defined in the appendix on checkpoints.
     """
     folder, stem = Path(folder), name.removesuffix(".safetensors")
-    index = folder / f"{name}.index.json"
-    if not (folder / name).exists() and index.exists():
+    whole = (name, f"{stem}.fp16.safetensors", f"{stem}.bin", f"pytorch_{stem}.bin")
+    found = next((folder / form for form in whole if (folder / form).exists()), None)
+    indices = [f"{form}.index{half}.json" for form in (name, *whole[2:]) for half in ("", ".fp16")]
+    index = next((folder / form for form in indices if (folder / form).exists()), None)
+    if index and found != folder / name:
         shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise ValueError(f"{index} doesn't list files of its own folder; download or save it again")
         return {key: tensor for shard in shards for key, tensor in read_tensors(folder / shard).items()}
-    forms = (name, f"{stem}.fp16.safetensors", f"{stem}.bin", f"pytorch_{stem}.bin")
-    return read_tensors(next((folder / form for form in forms if (folder / form).exists()), folder / name))
+    return read_tensors(found or folder / name)
 
 # %% ../book/A_checkpoints.ipynb #7af298d2
 def locate(name_or_path, *subfolder: str) -> Path:

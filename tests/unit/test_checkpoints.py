@@ -571,6 +571,33 @@ def test_a_pickle_without_names_is_refused(tmp_path, content):
         read_tensors(tmp_path / "model.pt")
 
 
+def test_a_pickle_of_dicts_in_a_dict_says_what_it_holds(tmp_path):
+    """Files of textual inversion in the layout of one popular interface."""
+    torch.save({"string_to_param": {"*": torch.ones(2)}, "name": "cat"}, tmp_path / "cat.pt")
+    with pytest.raises(ValueError, match="holds no tensors by name, but string_to_param, name; take out the part"):
+        read_tensors(tmp_path / "cat.pt")
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.fp16.json", "pytorch_model.bin.index.json",
+                                   "model.bin.index.json"])
+def test_shards_of_all_kinds(tmp_path, index):
+    safe = ".safetensors" in index
+    names = [f"model-{i}.{'safetensors' if safe else 'bin'}" for i in (1, 2)]
+    for name, key in zip(names, "ab", strict=True):
+        (save_file if safe else torch.save)({key: torch.ones(1)}, tmp_path / name)
+    (tmp_path / index).write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    assert read_weights(tmp_path, "model.safetensors").keys() == {"a", "b"}
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")
+    for text in ("one", "two"):
+        write_atomically(tmp_path / "link", lambda temporary, text=text: Path(temporary).write_text(text))
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "file").read_text() == text
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+
+
 def test_weights_come_in_shards_in_halves_and_in_older_files(tmp_path):
     one, two = {"a": torch.ones(1)}, {"b": torch.zeros(2)}
     name = "diffusion_pytorch_model.safetensors"
