@@ -200,8 +200,8 @@ def seeded(seed: int) -> torch.Generator:
 
     Defined in chapter 00.
     """
-    heard = seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return torch.Generator().manual_seed(heard)
+    heard = seed if seed < 2**32 else np.random.SeedSequence(seed).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(heard))
 
 
 def check_count(n: int) -> None:

@@ -1,11 +1,11 @@
-"""Chapter 20 against diffusers and PEFT: img2img, inpainting with 9 channels, LoRA, ControlNet."""
+"""Chapter 20 against diffusers and PEFT: img2img, inpainting with 9 channels, LoRA, textual inversion, ControlNet."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from diffusionbook.data import to_pil
-from diffusionbook.editing import Controlled, ControlNet, ControlNetConfig, LoRA
+from diffusionbook.editing import Controlled, ControlNet, ControlNetConfig, LoRA, add_word
 from diffusionbook.samplers import starting_noise
 from diffusionbook.stable_diffusion import StableDiffusion
 from diffusionbook.unet import UNet, UNetConfig
@@ -187,6 +187,21 @@ def test_a_lora_of_ours_says_the_same_in_diffusers(tmp_path):
     found = said_by_theirs(theirs, ours)
     assert all((a - b).abs().max() > 0.05 for a, b in zip(before, found, strict=True))
     agree(said_by_ours(ours), found)
+
+
+def test_learned_words_say_the_same(tmp_path):
+    theirs, ours = made_by_diffusers(tmp_path)
+    torch.manual_seed(1)
+    cat, hats = torch.randn(16), torch.randn(2, 16)
+    for token, vectors in (("<cat-toy>", cat[None]), ("<hat>", hats)):
+        torch.save({token: vectors}, tmp_path / "learned.bin")
+        theirs.load_textual_inversion(tmp_path, weight_name="learned.bin")
+    for word, vector in (("<cat-toy>", cat), ("<hat>", hats[0]), ("<hat_1>", hats[1])):
+        add_word(ours, word, vector)
+    for asked, ours_says in (("a <cat-toy> here", "a <cat-toy> here"), ("red,<cat-toy>!", "red,<cat-toy>!"),
+                             ("<hat> pizza", "<hat> <hat_1> pizza")):
+        wanted = theirs.encode_prompt(asked, "cpu", 1, do_classifier_free_guidance=False)[0]
+        torch.testing.assert_close(ours.encode_text([ours_says]), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_controlnet_of_diffusers_says_the_same_and_back_again(tmp_path):
