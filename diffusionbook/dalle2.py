@@ -43,7 +43,7 @@ from .unet import UNet, UNetConfig
 def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
     """Walk from a to b, each (B, …), along the sphere: the share `weight`, a number or (B,), of the angle between them.
 
-    Lengths change evenly. Vectors of one direction are mixed in a straight line. (Shoemake 1985.)
+    Lengths change evenly. Vectors of one direction, or of opposite ones, are mixed in a straight line. (Shoemake 1985.)
     Defined in chapter 18.
     """
     rows_a, rows_b = a.flatten(1), b.flatten(1)

@@ -72,7 +72,7 @@ def from_pil(pictures, *, size: int | None = None) -> torch.Tensor:
     if size is not None:
         pictures = [_crop(picture, size) for picture in pictures]
     if len({picture.size for picture in pictures}) > 1:
-        raise ValueError("the pictures differ in size; pass size=… to bring them to one")
+        raise ValueError("the pictures differ in size; from_pil(pictures, size=…) brings them to one")
     array = np.stack([np.asarray(picture) for picture in pictures])  # (B, H, W, 3)
     return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
