@@ -62,7 +62,7 @@ def check_keys(expected, found, *, where: str = "the weights") -> None:
     raise ValueError("\n".join(lines))
 
 # %% ../book/A_checkpoints.ipynb #f41aecdc
-#: Attention in diffusers before version 0.16: `query`, `key`, `value`, `proj_attn`.
+#: Attention in diffusers before version 0.17: `query`, `key`, `value`, `proj_attn`.
 OLD_DIFFUSERS = [
     (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
     (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
@@ -256,7 +256,7 @@ def write_atomically(path, write) -> None:
 # %% ../book/A_checkpoints.ipynb #662ad554
 @contextmanager
 def all_or_nothing(folder, *, owned: Collection[str] = ()) -> Iterator[Path]:
-    """A new folder to write into: at the end what it holds goes to `folder`; after an error nothing does.
+    """A new folder to write into: at the end what it holds goes to `folder`; if writing fails nothing does.
 
     Then a subfolder of `folder` that is named in `owned`, and that the new one doesn't have, is deleted too.
     Defined in the appendix on checkpoints.
@@ -334,14 +334,17 @@ def read_tensors(path) -> dict[str, torch.Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    if torch.__version__ < (2, 10):  # CVE-2025-32434 and CVE-2026-24747: a file could still run a program
+        raise ValueError(f"{path} is a pickle, which PyTorch reads safely from version 2.10 on, and this is "
+                         f"{torch.__version__}; use the same weights as safetensors, or a newer PyTorch")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors, perhaps a program, and was not opened, or it is damaged; "
                          "use the same weights as safetensors") from error
     except Exception as error:  # there is no list of what a damaged pickle may raise
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} is damaged ({said}); download it again") from error
+        raise ValueError(f"{path} is damaged, or no file of tensors ({type(error).__name__}); download it again, or "
+                         "use the same weights as safetensors") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, where tensors by name were expected")
@@ -474,12 +477,12 @@ class Model(nn.Module):
         """Write `config.json`, the weights (in `dtype`, by default their own) and `SHA256SUMS` into a folder.
 
         leave_out: names of tensors that are not to be stored. Raises `ValueError`, and writes nothing, where a weight
-        isn't finite in that type, and for a type of whole numbers.
+        isn't finite in that type, and for a type of whole numbers or of 8 bits.
         """
         folder = Path(folder)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"weights can't be stored as {dtype}, which rounds them to whole numbers; take a floating "
-                             "type")
+        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+            raise ValueError(f"weights can't be stored as {dtype}, which keeps too little of them; take a floating "
+                             "type of 16 bits or more")
         state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in self.state_dict().items()
                  if k not in leave_out}
         for key, tensor in state.items():
