@@ -320,7 +320,8 @@ def read_tensors(path) -> dict[str, torch.Tensor]:
     """Read a file of tensors into a dict on the CPU, memory-mapped: safetensors, or a pickle with tensors only.
 
     Of a training checkpoint with a "state_dict" only that is given. Raises `FileNotFoundError` or `ValueError` with
-    the file's name, also for a pickle that holds code. Defined in the appendix on checkpoints.
+    the file's name, also for a pickle that holds code, and for any pickle where PyTorch is older than version 2.10.
+    Defined in the appendix on checkpoints.
     """
     path = Path(path)
     if not path.is_file():

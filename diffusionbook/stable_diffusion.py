@@ -504,7 +504,8 @@ class StableDiffusion:
                 run()
 
         where = first_bad_module(network, quietly) or "the sampler"
-        wider = "" if network.dtype == torch.float32 else "load the pipeline with dtype=torch.float32, or "
+        types = {torch.float16: "torch.bfloat16 or torch.float32", torch.bfloat16: "torch.float32"}.get(network.dtype)
+        wider = f"load the pipeline with dtype={types}, or " if types else ""
         return FloatingPointError(f"the picture is lost: NaN or infinity began in {where} of the {network.subfolder}, "
                                   f"computed in {network.dtype}; {wider}use less guidance")
 

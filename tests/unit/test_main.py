@@ -65,6 +65,15 @@ def test_each_system_has_a_name(monkeypatch, model):
     assert asked == ["emoji"]
 
 
+def test_an_interrupt_is_one_line(run, monkeypatch, tmp_path):
+    def interrupted(model):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusionbook.__main__._painter", interrupted)
+    assert run("generate", "pizza", "--out", tmp_path / "x.png") == (130, "", "diffusionbook: interrupted\n")
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_what_a_system_cannot_do_is_named(run, monkeypatch, tmp_path):
     class Writer:
         def to(self, device):

@@ -264,6 +264,13 @@ def test_nan_is_traced_to_a_layer_and_a_remedy_is_named(tiny):
             layer.bias.data, layer.weight.data = kept, layer.weight.data / 1e38
 
 
+@pytest.mark.parametrize("dtype, types", [(torch.float16, "torch.bfloat16 or torch.float32"),
+                                          (torch.bfloat16, "torch.float32")])
+def test_half_precision_is_told_what_to_take_instead(tiny, dtype, types):
+    said = str(tiny._lost(UNet(tiny.unet.config).to(dtype), lambda: None))
+    assert f"computed in {dtype}; load the pipeline with dtype={types}, or use less guidance" in said
+
+
 def test_what_a_long_caption_loses_is_said(tiny):
     for end in ("pan", "plan"):  # each caption, not only the first
         with pytest.warns(UserWarning, match="there is room for 10; this part was cut: '.*n'"):
